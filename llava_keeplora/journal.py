@@ -6,13 +6,14 @@ import json
 import logging
 import os
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava_keeplora.errors import RunError
 from llava_keeplora.records import mismatches
 from llava_keeplora.run_folder import (
+    AGAIN,
     BASE_STAGES,
     CONSOLIDATED,
     INFO,
@@ -20,8 +21,11 @@ from llava_keeplora.run_folder import (
     ROLLBACK,
     ROLLED_BACK,
     SCORES,
+    SHRINK,
+    SHRUNK,
     STAGES,
     THEN,
+    UNSHRUNK,
     Stage,
 )
 from llava_keeplora_eval.files import file_hash
@@ -76,8 +80,9 @@ def _entry(values: Any) -> Entry:
         isinstance(getattr(entry, key), kind) for key, kind in types.items()
     ):
         raise ValueError("a value is of another type")
-    if (entry.stage == Stage.ROLLED_BACK) != (ROLLED_BACK in entry.info):
-        raise ValueError("a task's rollback and its record belong together")
+    for stage, key in ((Stage.ROLLED_BACK, ROLLED_BACK), (Stage.SHRUNK, SHRUNK)):
+        if (entry.stage == stage) != (key in entry.info):
+            raise ValueError(f"a stage {stage} and its record belong together")
     for name, expected in entry.files.items():
         path = PurePosixPath(name)
         # A journal from elsewhere could name any path; only files in the method's folder are read and copied.
@@ -92,16 +97,25 @@ def _reason(error: Exception) -> str:
     return "it is nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0][:120]
 
 
-def _with(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
-    """Return entries with one more; one of ROLLED_BACK takes its task's stages back."""
-    if entry.stage == Stage.ROLLED_BACK:
-        entries = [old for old in entries if old.task != entry.task or old.stage == Stage.ROLLED_BACK]
-    return [*entries, entry]
+#: Stages that say what becomes of others; nothing of them is needed once a task is closed.
+OUTCOMES = (Stage.ROLLED_BACK, Stage.SHRUNK)
+
+
+def whole_place(name: str) -> str:
+    """Return where a file of a task's whole update is kept, once the task has a smaller one."""
+    folder, _, rest = name.partition("/")
+    return f"{folder}/{UNSHRUNK}/{rest}"
 
 
 def rolled_back(entries: Sequence[Entry]) -> list[str]:
     """Return the names of the tasks that a method has rolled back, in order."""
     return [entry.info[ROLLED_BACK]["task"] for entry in entries if entry.stage == Stage.ROLLED_BACK]
+
+
+def shrunk(entries: Sequence[Entry], task: int) -> float | None:
+    """Return the share of its update that a task keeps; None for all of it."""
+    factors = (entry.info[SHRUNK] for entry in entries if (entry.task, entry.stage) == (task, Stage.SHRUNK))
+    return next(factors, None)
 
 
 def stages_of(task: int, guarded: bool = False) -> tuple[Stage, ...]:
@@ -131,7 +145,7 @@ def open_stages(
     done: dict[tuple[int, str], Entry] = {}
     for entry in entries:
         key = (entry.task, entry.stage)
-        if entry.stage == Stage.ROLLED_BACK:
+        if entry.stage in OUTCOMES:
             continue  # The stages that it took back are gone; see `Journal.entries`.
         if key == PLAN and key in done and planned(entry) > planned(done[key]):
             done = _without_scores(done)
@@ -146,9 +160,10 @@ def open_stages(
 
 
 def _closing(key: tuple[int, Stage], done: Mapping[tuple[int, str], Entry]) -> tuple[int, Stage]:
-    """Return a stage, or ROLLED_BACK in the place of CLOSED if the task's verdict says so."""
+    """Return a stage, or ROLLED_BACK or SHRUNK in the place of CLOSED if the task's verdict says so."""
     verdict = done.get((key[0], Stage.GUARDED)) if key[1] == Stage.CLOSED else None
-    return (key[0], Stage.ROLLED_BACK) if verdict and verdict.info.get(THEN) == ROLLBACK else key
+    instead = {ROLLBACK: Stage.ROLLED_BACK, SHRINK: Stage.SHRUNK}
+    return (key[0], instead.get(verdict.info.get(THEN, ""), key[1])) if verdict else key
 
 
 def _without_scores(done: Mapping[tuple[int, str], Entry]) -> dict[tuple[int, str], Entry]:
@@ -177,12 +192,14 @@ class Journal:
         self._complete_bytes = 0
         self.torn = False
         #: The finished stages, oldest first; of a task that was rolled back, its ROLLED_BACK alone.
-        self.entries: list[Entry] = self._read()
+        self.entries: list[Entry] = []
+        #: The stages of whole updates of tasks that have a smaller one now, with the places of their files.
+        self.superseded: list[Entry] = []
+        self._read()
 
-    def _read(self) -> list[Entry]:
+    def _read(self) -> None:
         if not self.path.exists():
-            return []
-        entries: list[Entry] = []
+            return
         lines = self.path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             try:
@@ -198,13 +215,12 @@ class Journal:
                 logger.warning("%s: the last line is torn (a killed run); its stage runs again", self.path)
                 self.torn = True
                 break
-            entries = _with(entries, entry)
+            self.add(entry)
             self._complete_bytes += len(line)
-        return entries
 
     def forget(self) -> None:
         """Start over: the next append overwrites the file."""
-        self._complete_bytes, self.torn, self.entries = 0, False, []
+        self._complete_bytes, self.torn, self.entries, self.superseded = 0, False, [], []
 
     @property
     def has_work(self) -> bool:
@@ -226,8 +242,20 @@ class Journal:
         self.add(entry)
 
     def add(self, entry: Entry) -> None:
-        """Add an entry that another process has appended to the file."""
-        self.entries = _with(self.entries, entry)
+        """Add an entry that is in the file; one of ROLLED_BACK or SHRUNK takes stages of its task back."""
+
+        def taken_back(old: Entry) -> bool:
+            stages = AGAIN if entry.stage == Stage.SHRUNK else tuple(Stage) if entry.stage in OUTCOMES else ()
+            return old.task == entry.task and old.stage in stages and old.stage != Stage.ROLLED_BACK
+
+        gone = [old for old in self.entries if taken_back(old)]
+        self.entries = [*(old for old in self.entries if not taken_back(old)), entry]
+        self.superseded = [old for old in self.superseded if not taken_back(old)]
+        if entry.stage == Stage.SHRUNK:
+            self.superseded += [
+                replace(old, files={whole_place(name): expected for name, expected in old.files.items()})
+                for old in gone
+            ]
 
     def verify(self, kinds: Container[str] | None = None) -> None:
         """Check the hash of every file that a finished stage wrote.
@@ -264,7 +292,7 @@ class Journal:
         The hash is None for scores that an interrupted extension may have been writing again.
         """
         files: dict[str, tuple[Entry, str | None]] = {}
-        for entry in self.entries:
+        for entry in [*self.entries, *self.superseded]:
             if (entry.task, entry.stage) == PLAN:
                 files = {
                     name: (by, None if Path(name).name == SCORES else expected)

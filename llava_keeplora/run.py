@@ -26,7 +26,7 @@ from llava_keeplora.report.run_matrix import RunMatrix
 from llava_keeplora.saved_run import check_base, followed_by, load_run
 from llava_keeplora.sequence import run
 from llava_keeplora.sequence.launch import processes
-from llava_keeplora.start.tasks import limit_examples, load_splits
+from llava_keeplora.start.tasks import hold_out, limit_examples, load_splits
 from llava_keeplora_eval.predictors import Predictor
 from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_recipes, load_split
 from llava_keeplora_recipes.strict_yaml import is_file_name
@@ -256,9 +256,12 @@ class Run:
         """
         recipe, data = self._recipe(task), self.config.data
         if data.holdout and split in ("train", "test"):
-            return load_splits(data, recipe)[split == "test"]
+            train, test = load_splits(data, recipe)
+            return test if split == "test" else hold_out(train, self.config.held_out)[0]
         examples = load_split(recipe, split, data.root, data.on_bad_image)
-        return limit_examples(examples, data.train_examples) if split == "train" else examples
+        if split != "train":
+            return examples
+        return hold_out(limit_examples(examples, data.train_examples), self.config.held_out)[0]
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, tasks={self.tasks}, methods={list(self.config.methods)})"

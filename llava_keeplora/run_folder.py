@@ -63,6 +63,8 @@ OWN_ANSWERS = "own_answers.jsonl"
 GUARD = "guard.json"
 #: Of a task, a folder: its answers to the recipes that the guard watches; of a method: tasks rolled back.
 WATCHED, ASIDE = "watched", "aside"
+#: Of a task, folders: answers of smaller updates that the guard tried, and what came of the whole update.
+TRIALS, UNSHRUNK = "trials", "unshrunk"
 #: Of a task, tensors: initial adapters, update of the weights, the method's `extra_state` and `state_dict`.
 #: An adopted task also has its update as it came.
 ADAPTERS, ADOPTED, DELTA, KEPT, STATE = (
@@ -115,19 +117,24 @@ class Stage(StrEnum):
     CLOSED = "CLOSED"
     #: In the place of CLOSED: the task leaves the method's sequence, with all its stages.
     ROLLED_BACK = "ROLLED_BACK"
+    #: In the place of CLOSED: the task's update gets smaller, and its stages from TRAINED on run again.
+    SHRUNK = "SHRUNK"
 
 
 #: The stages of a task of a run without a guard; see `llava_keeplora.journal.stages_of`.
-STAGES = tuple(stage for stage in Stage if stage not in (Stage.GUARDED, Stage.ROLLED_BACK))
+STAGES = tuple(stage for stage in Stage if stage not in (Stage.GUARDED, Stage.ROLLED_BACK, Stage.SHRUNK))
+#: The stages that run again for a smaller update.
+AGAIN = (Stage.TRAINED, Stage.CONSOLIDATED, Stage.EVALUATED, Stage.GUARDED)
 #: Task 0 is the base before any task: nothing is trained, its weights are analysed and its zero-shot scores
 #: measured.
 BASE_STAGES = (Stage.PLANNED, Stage.CONSOLIDATED, Stage.EVALUATED, Stage.CLOSED)
 #: The plan of the whole run; the journal has one more entry of it for every time that the run was extended.
 PLAN = (0, Stage.PLANNED)
-#: Keys of an entry's `info`: what follows from the verdict, and where a task that was rolled back is.
-THEN, ROLLED_BACK = "then", "rolled_back"
+#: Keys of an entry's `info`: what follows from the verdict, where a task that was rolled back is, and the
+#: share of its update that a task keeps.
+THEN, ROLLED_BACK, SHRUNK = "then", "rolled_back", "shrunk"
 #: What happens after a task that breaks a limit of the guard, the value of THEN.
-ROLLBACK, STOP, WARN = "rollback", "stop", "warn"
+ROLLBACK, STOP, WARN, SHRINK = "rollback", "stop", "warn", "shrink"
 #: Schema of a journal entry's `info`, as far as it is read; see `llava_keeplora.records.mismatches`.
 INFO = {
     "tasks?": [{"task?": str}],
@@ -148,6 +155,7 @@ INFO = {
     "ship?": bool,
     f"{THEN}?": str,
     f"{ROLLED_BACK}?": {"task": str, "folder": str, "aside": str},
+    f"{SHRUNK}?": Number(0),
 }
 _METHOD = {"method": str, "options": dict, "parts": (Each(dict), None), "training": dict}
 #: File name → schema. A key with `?` is optional, and keys that are not listed are allowed.

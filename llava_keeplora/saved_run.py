@@ -94,13 +94,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         method.pop("random_resized_crop") if method["random_resized_crop"] is None else None
     for key in ("family", "parts", "object"):
         tree["model"].pop(key) if tree["model"][key] is None else None
-    if config.guard is None:
-        tree.pop("guard")
-    else:
-        # What happens after a broken limit may change while a run goes on: the journal says what did.
-        tree["guard"].pop("on_failure")
-        for entry in tree["guard"]["watch"]:
-            entry["task"] = load_recipe(entry["task"]).name
+    tree |= _guard_identity(tree.pop("guard"), bool(config.guard and config.guard.shrinks))
     plugin_identity(tree)
     tree["tasks"] = [recipe.name for recipe in load_recipes(config.tasks)]
     # Sources are places, and an update that was taken over is in the run; older runs have no such key.
@@ -112,6 +106,19 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
             k: values if len(set(values)) > 1 else values[0] for k, values in lists.items()
         }
     return tree
+
+
+def _guard_identity(guard: dict[str, Any] | None, shrinks: bool) -> dict[str, Any]:
+    """Return what results depend on of the guard, as a part of the run's identity; nothing without one."""
+    if guard is None:
+        return {}
+    # What happens after a broken limit may change while a run goes on: the journal says what did.
+    guard.pop("on_failure")
+    if not shrinks:
+        guard.pop("held_out")
+    for entry in guard["watch"]:
+        entry["task"] = load_recipe(entry["task"]).name
+    return {"guard": guard}
 
 
 def with_recorded_defaults(config: RunConfig) -> RunConfig:

@@ -120,15 +120,15 @@ def trained_examples(config: RunConfig, label: str, sizes: dict[Any, int] | None
 
 def _sizes(config: RunConfig, sizes: dict[Any, int]) -> list[int]:
     """Return the number of training examples of each task."""
-    from llava_keeplora.start.tasks import load_splits
+    from llava_keeplora.start.tasks import hold_out, load_splits
     from llava_keeplora_recipes import load_recipes
 
     result = []
     for index, recipe in enumerate(load_recipes(config.tasks), start=1):
         trained = config.source(index) is None
-        key = (recipe.name, recipe.fingerprint, config.data, trained)
+        key = (recipe.name, recipe.fingerprint, config.data, config.held_out, trained)
         if key not in sizes:
-            data = load_splits(config.data, recipe, trained)[0]
+            data = hold_out(load_splits(config.data, recipe, trained)[0], config.held_out)[0]
             # Every caption of an image is learned, and one answer to a question.
             captions = data.recipe.kind == "captioning"
             sizes[key] = sum(map(len, data.answers)) if captions else len(data)

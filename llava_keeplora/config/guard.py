@@ -9,9 +9,9 @@ from typing import Any
 
 from llava_keeplora.config.coerce import build
 from llava_keeplora.errors import ConfigError, nearest
-from llava_keeplora.run_folder import ROLLBACK, STOP, WARN
+from llava_keeplora.run_folder import ROLLBACK, SHRINK, STOP, WARN
 
-ON_FAILURE = (ROLLBACK, STOP, WARN)
+ON_FAILURE = (ROLLBACK, SHRINK, STOP, WARN)
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class DropLimit:
                 f"max_drop must be 0 or more percentage points (got {self.max_drop})", "set it to, say, 2.0"
             )
 
+    @property
+    def least(self) -> float | None:
+        """The least accepted change, in percentage points; None for no limit."""
+        return None if self.max_drop is None else -self.max_drop
+
 
 @dataclass(frozen=True)
 class GainLimit:
@@ -72,8 +77,10 @@ class GuardConfig:
         watch_tasks: limit for each recipe of `watch`.
         new_task: limit for the task that was just learned.
         confidence: of all limits of a task together.
-        on_failure: what happens after a task that breaks a limit: `rollback` to the task before, `stop` the
-            method there, or `warn`.
+        on_failure: what happens after a task that breaks a limit: `rollback` to the task before, `shrink` its
+            update, `stop` the method there, or `warn`.
+        held_out: share of every task's training examples that no method is trained on and on which `shrink`
+            looks for the size of an update; without `shrink` nothing is held out.
     """
 
     watch: tuple[Any, ...] = ()
@@ -82,6 +89,7 @@ class GuardConfig:
     new_task: GainLimit = field(default_factory=GainLimit)
     confidence: float = 0.95
     on_failure: str = STOP
+    held_out: float = 0.1
 
     def __post_init__(self) -> None:
         watch = tuple(_watch(entry, f"watch[{number}]") for number, entry in enumerate(self.watch))
@@ -95,6 +103,10 @@ class GuardConfig:
                 f"on_failure must be one of {', '.join(ON_FAILURE)} (got '{self.on_failure}')",
                 nearest(self.on_failure, ON_FAILURE),
             )
+        if not 0 < self.held_out < 1:
+            raise ConfigError(
+                f"held_out must be between 0 and 1 (got {self.held_out})", "leave it out for 0.1"
+            )
         if self.watch and self.watch_tasks.max_drop is None:
             raise ConfigError(
                 "watch names recipes, but watch_tasks sets no limit for them", "set watch_tasks.max_drop"
@@ -103,6 +115,11 @@ class GuardConfig:
             raise ConfigError(
                 "it has no limit to hold", "set old_tasks.max_drop, new_task.min_gain, or watch recipes"
             )
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the update of a task that breaks a limit gets smaller."""
+        return self.on_failure == SHRINK
 
     @property
     def judges_tasks(self) -> bool:

@@ -289,6 +289,11 @@ class RunConfig:
                 "list one per task, null for a task that is trained, or leave it out",
             )
 
+    @property
+    def held_out(self) -> float:
+        """Share of every task's training examples that no method is trained on; see `GuardConfig`."""
+        return self.guard.held_out if self.guard and self.guard.shrinks else 0.0
+
     def source(self, index: int) -> str | None:
         """Return what a task's update is adopted from, counted from 1; None for a task that is trained."""
         return self.adopted[index - 1] if index and self.adopted else None

@@ -12,7 +12,7 @@ from typing import Any
 from llava_keeplora.adapters import BaseWeights, Delta, Deltas, FullDelta, load_deltas
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError, RunError, nearest
-from llava_keeplora.journal import Entry, Journal, rolled_back
+from llava_keeplora.journal import OUTCOMES, Entry, Journal, rolled_back
 from llava_keeplora.methods import METHODS, Method
 from llava_keeplora.models import ASSETS, Family, embedded_models, load_model
 from llava_keeplora.models.layouts import part_of
@@ -164,7 +164,7 @@ def load_learned_run(
             f"{run / label} has finished {finished} tasks, and task {last} is asked for",
             f"choose 1 to {finished} with --at-task",
         )
-    entries = [e for e in journal.entries if e.task <= last and e.stage != Stage.ROLLED_BACK]
+    entries = [e for e in journal.entries if e.task <= last and e.stage not in OUTCOMES]
     deltas = [_deltas(run / label, entry) for entry in entries if entry.stage == Stage.TRAINED]
     learned = LearnedRun(run, config, label, entries, deltas, objects)
     # The method last: reading it would ask for a plug-in where none is needed.

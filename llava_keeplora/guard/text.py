@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava_keeplora.errors import UserError
-from llava_keeplora.run_folder import ROLLBACK, STOP, THEN, WARN
+from llava_keeplora.run_folder import ROLLBACK, SHRINK, STOP, THEN, WARN
 from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_eval.paired_bootstrap import Outcome
 
@@ -17,9 +17,16 @@ def headline(verdict: Mapping[str, Any]) -> str:
         outcome: sum(record["outcome"] == outcome for record in verdict["limits"]) for outcome in Outcome
     }
     parts = [f"{number} {outcome}" for outcome, number in count.items() if number]
-    then = {ROLLBACK: "rolled back", STOP: "stopped here", WARN: "kept all the same"}
+    then = {
+        ROLLBACK: "rolled back",
+        SHRINK: "its update gets smaller",
+        STOP: "stopped here",
+        WARN: "kept all the same",
+    }
     what = "ship" if verdict["ship"] else "don't ship"
-    after = then.get(verdict.get(THEN) or "", "")
+    share = verdict.get("shrink", {}).get("lambda")
+    kept = f"with {share:g} of its update" if share and verdict.get(THEN) != SHRINK else ""
+    after = ", ".join(filter(None, (kept, then.get(verdict.get(THEN) or "", ""))))
     limits = "limit" if len(verdict["limits"]) == 1 else "limits"
     return (
         f"{verdict['task']}: {what}{f' ({after})' if after else ''}; of {len(verdict['limits'])} {limits}, "
@@ -51,7 +58,36 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
     """Return a verdict as its headline and a line for each limit, the broken ones first."""
     order = [Outcome.BROKEN, Outcome.UNDECIDED, Outcome.HELD]
     records = sorted(verdict["limits"], key=lambda record: order.index(record["outcome"]))
-    return [headline(verdict), *(f"  {limit_line(record)}" for record in records)]
+    lines = [*map(limit_line, records), *shrink_lines(verdict)]
+    return [headline(verdict), *(f"  {line}" for line in lines)]
+
+
+def shrink_lines(verdict: Mapping[str, Any]) -> list[str]:
+    """Return what a smaller update costs, and which were tried; nothing where none was looked for."""
+    if not (record := verdict.get("shrink")):
+        return []
+    lines = []
+    if scores := record.get("scores"):
+        lines.append(
+            f"what that costs: {verdict['task']} scores {scores['shrunk']:.1f} instead of "
+            f"{scores['whole']:.1f}; with the whole update: {_changes(record['limits'])}"
+        )
+    tried = [
+        f"{trial['lambda']:g} {'held' if trial['holds'] else f'broke ({_changes(_broken(trial))})'}"
+        for trial in record["trials"]
+    ]
+    lines.append(f"shares of the update tried, on held-out and watched examples: {'; '.join(tried)}")
+    if not record["lambda"]:
+        lines.append("no smaller update holds every limit")
+    return lines
+
+
+def _broken(trial: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [change for change in trial["changes"] if change["change"] < change["limit"]]
+
+
+def _changes(records: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{record['task']} {record['change']:+.1f}" for record in records)
 
 
 def verdict_markdown(verdict: Mapping[str, Any]) -> str:
@@ -69,6 +105,7 @@ def verdict_markdown(verdict: Mapping[str, Any]) -> str:
             f"| {_cell(record['task'])} | {record['outcome']}{needed} | {record['change']:+.1f} | "
             f"{record['low']:+.1f} to {record['high']:+.1f} | at least {record['limit']:+g} | {noise} |"
         )
+    lines += [line for text in shrink_lines(verdict) for line in ("", _cell(text, 1000))]
     for record in verdict["limits"]:
         if record.get("flips"):
             lines += [
@@ -89,6 +126,6 @@ def error_markdown(error: UserError) -> str:
     return f"## No verdict\n\n{markdown_text(str(error))}\n"
 
 
-def _cell(text: str) -> str:
-    """Return text for a cell of a Markdown table, at most 200 characters, with its markup escaped."""
-    return markdown_text(" ".join(text.split())[:200])
+def _cell(text: str, most: int = 200) -> str:
+    """Return text for a cell of a Markdown table, of at most so many characters, with its markup escaped."""
+    return markdown_text(" ".join(text.split())[:most])

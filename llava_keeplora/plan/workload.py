@@ -36,7 +36,11 @@ def read_work(config: RunConfig, family: Family, changed: Mapping[str, Changed],
         ConfigError: if data are absent and the recipe doesn't say how many there are; or see `check_run`.
     """
     recipes, root = load_recipes(config.tasks), config.data.root
-    tasks = {recipe.name: load_task(recipe, config.data) for recipe in recipes if _is_there(recipe, root)}
+    tasks = {
+        recipe.name: load_task(recipe, config.data, held_out=config.held_out)
+        for recipe in recipes
+        if _is_there(recipe, root)
+    }
     recipes = [tasks[recipe.name].recipe if recipe.name in tasks else recipe for recipe in recipes]
     for recipe in recipes:
         metric_of(recipe).check_installed()

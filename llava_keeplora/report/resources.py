@@ -40,13 +40,17 @@ SAME_BUDGET = 0.01
 
 def read_needs(folder: Path) -> Needs:
     """Read the resources that a method took from its folder."""
-    entries = Journal(folder / JOURNAL).entries
+    journal = Journal(folder / JOURNAL)
+    # The training of an update that became smaller took as much.
+    entries = [*journal.superseded, *journal.entries]
     # Of an adopted task nothing was trained here, and with 0 parameters another task's training is on this
     # one's data as well.
     trained = [entry for entry in entries if entry.stage == Stage.TRAINED]
     own = [entry for entry in trained if "trained_parameters" in entry.info]
     tasks = [
-        (folder / entry.file(DELTA)).parent for entry in trained if entry.info.get("trained_parameters") != 0
+        (folder / entry.file(DELTA)).parent
+        for entry in journal.entries
+        if entry.stage == Stage.TRAINED and entry.info.get("trained_parameters") != 0
     ]
     general = _example_bytes(folder / task_folder(0, "base")) / max(1, len(tasks))
     timed = [entry.info["test_seconds"] for entry in entries if "test_seconds" in entry.info]

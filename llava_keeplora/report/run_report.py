@@ -356,7 +356,8 @@ def read_losses(path: Path) -> list[tuple[int, float]]:
 def read_costs(folder: Path) -> dict[str, Cost]:
     """Read stage → its cost over all tasks, from the journal."""
     stages: dict[str, list] = {}
-    for entry in Journal(folder / JOURNAL).entries:
+    journal = Journal(folder / JOURNAL)
+    for entry in [*journal.superseded, *journal.entries]:
         if entry.stage not in (Stage.PLANNED, Stage.CLOSED):
             stages.setdefault(entry.stage, []).append(entry)
     costs = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora.guard import headline
+from llava_keeplora.guard.text import shrink_lines
 from llava_keeplora.report.html import html_rows, html_table
 from llava_keeplora.run_folder import GUARD, read_record
 
@@ -36,7 +37,8 @@ def _limits(verdict: Mapping[str, Any]) -> str:
     """Return a verdict's limits as a table, and the flipped examples of broken ones."""
     records = sorted(verdict["limits"], key=lambda record: record["change"])
     table = html_table(COLUMNS, html_rows([_cells(record) for record in records]))
-    return table + "".join(map(_flips, verdict["limits"]))
+    shrinking = "".join(f"<p>{escape(line)}</p>\n" for line in shrink_lines(verdict))
+    return table + shrinking + "".join(map(_flips, verdict["limits"]))
 
 
 def _cells(record: Mapping[str, Any]) -> list[str]:

@@ -21,11 +21,10 @@ from llava_keeplora.files import write_json
 from llava_keeplora.methods import Changed
 from llava_keeplora.models.layouts import part_of
 from llava_keeplora.run_folder import ADOPTED, DELTA, PREPARED, TRAIN, Stage, file_name, read_record
-from llava_keeplora.sequence.answers import predict
+from llava_keeplora.sequence.answers import predict_whole
 from llava_keeplora.sequence.method_state import MethodState, Outcome
 from llava_keeplora.sequence.passes import task_context
 from llava_keeplora_eval import score
-from llava_keeplora_eval.predictions import join_shards
 
 #: Share of an update's energy below which its projection is rounding alone, and is not scored.
 NOTHING = 1e-9
@@ -114,9 +113,7 @@ def _scores_before(state: MethodState, index: int, given: Deltas) -> dict[str, A
     with context.zero.engaged(context.family.model):
         for task in context.tasks:
             path = state.path(index, ANSWERS) / f"{file_name(task.name)}.jsonl"
-            predict(state, index, task, path)
-            context.barrier()
+            predict_whole(state, index, task, path)
             if context.rank == 0:
-                join_shards(path, task.test)
                 scores[task.name] = score(task.test, path).to_dict()
     return scores

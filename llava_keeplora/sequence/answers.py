@@ -10,6 +10,7 @@ from llava_keeplora.run_folder import PREDICTIONS, file_name
 from llava_keeplora.sequence.method_state import MethodState
 from llava_keeplora.start import Task
 from llava_keeplora_eval import predict_to_file
+from llava_keeplora_eval.predictions import join_shards
 from llava_keeplora_eval.predictors import Predictor
 
 
@@ -40,6 +41,17 @@ def predict(state: MethodState, index: int, task: Task, path: Path, batch_size: 
         # With ZeRO-3 every prediction gathers the weights from all processes, so all make equally many.
         rounds=context.most if context.zero.partitions else None,
     )
+
+
+def predict_whole(
+    state: MethodState, index: int, task: Task, path: Path, batch_size: int | None = None
+) -> None:
+    """Answer a task's test split in all processes, and wait until the file is whole; see `predict`."""
+    predict(state, index, task, path, batch_size)
+    state.context.barrier()
+    if state.context.rank == 0:
+        join_shards(path, task.test)
+    state.context.barrier()
 
 
 def task_predictor(state: MethodState, index: int, task: Task, tokens: int | None = None) -> Predictor:

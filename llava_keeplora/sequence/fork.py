@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import translate_errors, whole_folder, write_bytes, write_json
-from llava_keeplora.journal import Entry, Journal, open_stages, rolled_back
+from llava_keeplora.journal import OUTCOMES, Entry, Journal, open_stages, rolled_back
 from llava_keeplora.run_folder import (
     BASE,
     JOURNAL,
@@ -95,7 +95,7 @@ def _finished(folder: Path, at_task: int, tasks: int, learns: bool, guarded: boo
     Raises:
         RunError: if one of these stages has not finished.
     """
-    entries = [e for e in Journal(folder / JOURNAL).entries if e.stage != Stage.ROLLED_BACK]
+    entries = [e for e in Journal(folder / JOURNAL).entries if e.stage not in OUTCOMES]
     guarded = guarded and any(e.stage == Stage.GUARDED for e in entries)  # Bounds are not.
     stages = open_stages(entries, tasks, learns, guarded)
     missing = [(task, stage) for task, stage in stages if task <= at_task]

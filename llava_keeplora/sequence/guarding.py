@@ -11,23 +11,28 @@ import torch
 
 from llava_keeplora.files import write_json
 from llava_keeplora.guard import NEW, OLD, WATCH, Limit, judge, verdict_lines
+from llava_keeplora.journal import shrunk
 from llava_keeplora.run_folder import (
     ASIDE,
     GUARD,
     PREDICTIONS,
+    ROLLBACK,
     ROLLED_BACK,
+    SHRINK,
     THEN,
     WATCHED,
     Stage,
     file_name,
     read_record,
 )
-from llava_keeplora.sequence.answers import predict
+from llava_keeplora.sequence.answers import predict_whole
 from llava_keeplora.sequence.method_state import MethodState, Outcome
+from llava_keeplora.sequence.shrinking import cost_of_shrinking, search, set_whole_aside
 from llava_keeplora.start import Task
 from llava_keeplora.start.watched import chosen
+from llava_keeplora_eval.paired_bootstrap import Outcome as LimitOutcome
 from llava_keeplora_eval.paired_scores import paired_change
-from llava_keeplora_eval.predictions import join_shards, read_predictions
+from llava_keeplora_eval.predictions import read_predictions
 
 #: Most examples of a recipe on which the noise is measured.
 NOISE_EXAMPLES = 200
@@ -42,13 +47,16 @@ def guard(state: MethodState, index: int) -> Outcome:
     if index == 0:
         paths += _write_noise(state, record)
         return [record, *paths], {}
+    verdict = _verdict(state, index)
+    if verdict[THEN] == SHRINK:
+        verdict["shrink"], files = search(state, index)
+        paths += files
+        verdict[THEN] = SHRINK if verdict["shrink"]["lambda"] else ROLLBACK
     if state.context.rank == 0:
-        verdict = _verdict(state, index)
         write_json(record, verdict)
         lines = verdict_lines(verdict)
         state.context.progress.note("\n".join([f"{state.config.label} {lines[0]}", *lines[1:]]))
     state.context.barrier()
-    verdict = read_record(record)
     then = {THEN: verdict[THEN]} if verdict[THEN] else {}
     return [record, *paths], {"ship": verdict["ship"], **then}
 
@@ -80,16 +88,8 @@ def _answer_watched(state: MethodState, index: int) -> list[Path]:
     with context.zero.engaged(context.family.model):
         for task in context.watched:
             paths.append(state.path(index, WATCHED) / f"{file_name(task.name)}.jsonl")
-            predict(state, index, task, paths[-1])
-            _join(state, task, paths[-1])
+            predict_whole(state, index, task, paths[-1])
     return paths
-
-
-def _join(state: MethodState, task: Task, path: Path) -> None:
-    state.context.barrier()
-    if state.context.rank == 0:
-        join_shards(path, task.test)
-    state.context.barrier()
 
 
 def _answers(state: MethodState, index: int, task: Task, folder: str) -> dict[str, str]:
@@ -108,7 +108,15 @@ def _verdict(state: MethodState, index: int) -> dict[str, Any]:
     settings = state.context.config.guard
     assert settings is not None, "the stage is of runs with a guard"
     verdict = judge(state.name(index), list(_limits(state, index)), settings.confidence)
-    return verdict | {THEN: None if verdict["ship"] else settings.on_failure}
+    then = None if verdict["ship"] else settings.on_failure
+    if shrunk(state.journal.entries, index) is not None:
+        verdict["shrink"] = cost_of_shrinking(state, index)
+        then = then and ROLLBACK
+    elif then == SHRINK and not any(
+        record["outcome"] == LimitOutcome.BROKEN and record["of"] != NEW for record in verdict["limits"]
+    ):
+        then = ROLLBACK  # A smaller update gains less still.
+    return verdict | {THEN: then}
 
 
 def _limits(state: MethodState, index: int) -> Iterator[Limit]:
@@ -122,12 +130,12 @@ def _limits(state: MethodState, index: int) -> Iterator[Limit]:
 
     if (gain := settings.new_task.min_gain) is not None:
         yield limit(NEW, state.tasks[index - 1], PREDICTIONS, gain)
-    if (drop := settings.old_tasks.max_drop) is not None:
+    if (least := settings.old_tasks.least) is not None:
         for task in state.tasks[: index - 1]:
-            yield limit(OLD, task, PREDICTIONS, -drop)
-    if (drop := settings.watch_tasks.max_drop) is not None:
+            yield limit(OLD, task, PREDICTIONS, least)
+    if (least := settings.watch_tasks.least) is not None:
         for task in state.context.watched:
-            yield limit(WATCH, task, WATCHED, -drop)
+            yield limit(WATCH, task, WATCHED, least)
 
 
 # --- the noise -----------------------------------------------------------------------------------------
@@ -190,8 +198,7 @@ def _answer_otherwise(
         context.zero.engaged(context.family.model),
         torch.autocast(context.device.type, dtype or torch.bfloat16, enabled=dtype is not None),
     ):
-        predict(state, 0, task, path, batch)
-    _join(state, task, path)
+        predict_whole(state, 0, task, path, batch)
 
 
 # --- the rollback --------------------------------------------------------------------------------------
@@ -208,7 +215,7 @@ def roll_back(state: MethodState, index: int) -> Outcome:
 
 
 def set_aside(state: MethodState) -> None:
-    """Move the folders of tasks that were rolled back, unless that is done."""
+    """Move the folders of tasks that were rolled back and the files of whole updates, unless that is done."""
     for entry in state.journal.entries:
         if entry.stage == Stage.ROLLED_BACK and state.context.rank == 0:
             record = entry.info[ROLLED_BACK]
@@ -216,4 +223,4 @@ def set_aside(state: MethodState) -> None:
             if not target.exists() and source.exists():
                 target.parent.mkdir(exist_ok=True)
                 os.rename(source, target)
-    state.context.barrier()
+    set_whole_aside(state)

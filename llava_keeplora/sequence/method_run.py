@@ -15,7 +15,7 @@ from transformers import set_seed
 from llava_keeplora.config import ZERO_SHOT, MethodConfig
 from llava_keeplora.distributed import all_gather_object
 from llava_keeplora.errors import RunError
-from llava_keeplora.journal import Entry, open_stages
+from llava_keeplora.journal import OUTCOMES, Entry, open_stages, shrunk
 from llava_keeplora.run_folder import SCORES, STOP, THEN, Stage, differences, read_record
 from llava_keeplora.sequence import auto_energy
 from llava_keeplora.sequence.adoption import check_sources
@@ -42,6 +42,7 @@ ACTIVITY = {
     Stage.EVALUATED: "scoring every task",
     Stage.GUARDED: "judging it",
     Stage.ROLLED_BACK: "rolling it back",
+    Stage.SHRUNK: "shrinking its update",
     Stage.CLOSED: "closing",
 }
 
@@ -78,6 +79,9 @@ class MethodRun(MethodState):
                 self._record(index, stage, time.perf_counter() - start, files, info, peak)
             if stage == Stage.ROLLED_BACK:
                 self._go_back(index)
+            if stage == Stage.SHRUNK:
+                set_aside(self)
+                self.loaded = None
             if stage == Stage.CLOSED and (index or self.config.label == ZERO_SHOT):
                 self.context.progress.note(self._closing_line(index))
 
@@ -151,13 +155,15 @@ class MethodRun(MethodState):
         return sum(self._cost(task, stage) for task, stage in self._open_stages())
 
     def _cost(self, index: int, stage: Stage) -> float:
+        if stage in OUTCOMES or (index and shrunk(self.journal.entries, index) is not None):
+            return 0  # Nobody foresees that a task's stages run again.
         if stage == Stage.EVALUATED:
             return self._evaluation_cost(index)
         if stage == Stage.GUARDED:
             return cost_of_guarding(self, index)
         if index == 0 and stage == Stage.CONSOLIDATED and stage in self.method.stage_cost:
             return auto_energy.cost(self.context, self.layers)
-        if index == 0 or stage in (Stage.PLANNED, Stage.CLOSED, Stage.ROLLED_BACK):
+        if index == 0 or stage in (Stage.PLANNED, Stage.CLOSED):
             return 0
         if self.source(index) and stage != Stage.CONSOLIDATED:
             scored = sum(len(task.test) for task in self.context.tasks) if stage == Stage.TRAINED else 0

@@ -69,8 +69,11 @@ class RunContext:
         ]
         #: The recipes that the guard watches.
         self.watched = load_watched(config, tasks, objects)
-        for task in (*tasks, *self.watched):
-            family.check(task.test)
+        for data in (
+            *(task.test for task in (*tasks, *self.watched)),
+            *(task.held_out for task in tasks if task.held_out),
+        ):
+            family.check(data)
         self.references: dict[str, Reference] = {}
         self.general: dict[str, GeneralData] = {}
         for label, method in config.methods.items():

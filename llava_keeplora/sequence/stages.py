@@ -27,16 +27,16 @@ from llava_keeplora.run_folder import (
     read_record,
 )
 from llava_keeplora.sequence import adoption
-from llava_keeplora.sequence.answers import predict, predictions_path, task_predictor
+from llava_keeplora.sequence.answers import predict_whole, predictions_path, task_predictor
 from llava_keeplora.sequence.forecast import forecast, shortage
 from llava_keeplora.sequence.guarding import guard, roll_back
 from llava_keeplora.sequence.inference_latency import EXAMPLES, TOKENS, seconds_per_example
 from llava_keeplora.sequence.method_state import MethodState, Outcome, write_if_any
 from llava_keeplora.sequence.passes import task_context
+from llava_keeplora.sequence.shrinking import shrink
 from llava_keeplora.sequence.train_stage import train
 from llava_keeplora.start import Task
 from llava_keeplora_eval import score
-from llava_keeplora_eval.predictions import join_shards
 
 logger = logging.getLogger(__name__)
 
@@ -189,10 +189,7 @@ def _answer(state: MethodState, index: int, task: Task) -> float:
     path = predictions_path(state, index, task)
 
     def make() -> None:
-        predict(state, index, task, path)
-        state.context.barrier()
-        if state.context.rank == 0:
-            join_shards(path, task.test)
+        predict_whole(state, index, task, path)
 
     if index == 0:
         evaluation = state.context.config.evaluation
@@ -211,7 +208,8 @@ def _answer(state: MethodState, index: int, task: Task) -> float:
 
 def close(state: MethodState, index: int) -> Outcome:
     """Sum up the time of a task's stages; after the last task, also measure the latency of answers."""
-    seconds = sum(entry.seconds for entry in state.journal.entries if entry.task == index)
+    journal = state.journal
+    seconds = sum(entry.seconds for entry in [*journal.superseded, *journal.entries] if entry.task == index)
     needs = {"task_id_at_test": state.method.info.task_id_at_test} if index else {}
     latency = {"test_seconds": _latency(state, index)} if index and index == state.count else {}
     return [], {"seconds": round(seconds, 1), **needs, **latency}
@@ -246,5 +244,6 @@ STAGES: dict[Stage, Callable[[MethodState, int], Outcome]] = {
     Stage.EVALUATED: evaluate,
     Stage.GUARDED: guard,
     Stage.ROLLED_BACK: roll_back,
+    Stage.SHRUNK: shrink,
     Stage.CLOSED: close,
 }

@@ -23,6 +23,7 @@ from llava_keeplora.adapters import (
 from llava_keeplora.deepspeed_zero import forget_engine, gathered, number_count, trained_values
 from llava_keeplora.errors import TrainingError
 from llava_keeplora.files import write_json
+from llava_keeplora.journal import shrunk
 from llava_keeplora.methods import Mixture, TaskContext
 from llava_keeplora.models import MixedTask
 from llava_keeplora.models.layouts import part_of
@@ -33,7 +34,7 @@ from llava_keeplora.run_folder import (
     TRAINER,
     Stage,
 )
-from llava_keeplora.sequence import adoption
+from llava_keeplora.sequence import adoption, shrinking
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
 from llava_keeplora.sequence.data import stage_seed
 from llava_keeplora.sequence.method_state import MethodState, Outcome, write_if_any
@@ -49,9 +50,13 @@ from llava_keeplora.steps import Budget
 def train(state: MethodState, index: int) -> Outcome:
     """Train the task's adapters, or take over an update from elsewhere, and write the update and the log.
 
+    A task that was trained and keeps a share of its update alone is not trained again.
+
     Raises:
         TrainingError: if a trained value is not finite.
     """
+    if (factor := shrunk(state.journal.entries, index)) is not None:
+        return shrinking.take_share(state, index, factor)
     if state.source(index):
         return adoption.take_over(state, index)
     context, task, inits = state.context, state.tasks[index - 1], state.inits(index)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from llava_keeplora.config import AVERAGED, RunConfig, deepspeed_config
+from llava_keeplora.config import AVERAGED, MethodConfig, RunConfig, deepspeed_config
 from llava_keeplora.deepspeed_zero import loaded_whole
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import METHODS, Changed, Layer, model_type
+from llava_keeplora.methods import METHODS, Changed, Layer, Method, model_type
 from llava_keeplora.models import Family
 from llava_keeplora.start.tasks import Task
 from llava_keeplora.start.training_args import check_arguments, planned_arguments
@@ -38,6 +39,7 @@ def check_run(
         ConfigError, MethodError, EvalError: naming the setting, the split or the prompt.
     """
     check_rows(config, recipes, family)
+    check_shrinking(config)
     deepspeed = deepspeed_config(config) or {}
     sharded = deepspeed.get("zero_optimization", {}).get("stage") == 3
     if sharded and world > 1:
@@ -54,14 +56,7 @@ def check_run(
             )
         if sharded:
             check_auto(changed[label].adapted.values())
-        with_rate = [part for part, settings in method.parts.items() if settings.learning_rate is not None]
-        if "optimizer" in deepspeed and with_rate:
-            raise ConfigError(
-                "the DeepSpeed configuration has an optimizer, which uses a single learning rate, but "
-                f"methods.{label}.parts.{with_rate[0]} has its own",
-                "remove `optimizer` and `scheduler` from the DeepSpeed configuration, or `learning_rate` "
-                "from `parts`",
-            )
+        _check_rates(method, deepspeed)
         # transformers remembers the last DeepSpeed configuration of any arguments, and loads weights by it.
         with loaded_whole():
             tasks_with_data = zip(recipes, config.trainings(label), counts, strict=True)
@@ -74,6 +69,34 @@ def check_run(
                     count,
                     world,
                 )
+
+
+def _check_rates(method: MethodConfig, deepspeed: Mapping[str, Any]) -> None:
+    with_rate = [part for part, settings in method.parts.items() if settings.learning_rate is not None]
+    if "optimizer" in deepspeed and with_rate:
+        raise ConfigError(
+            "the DeepSpeed configuration has an optimizer, which uses a single learning rate, but "
+            f"methods.{method.label}.parts.{with_rate[0]} has its own",
+            "remove `optimizer` and `scheduler` from the DeepSpeed configuration, or `learning_rate` "
+            "from `parts`",
+        )
+
+
+def check_shrinking(config: RunConfig) -> None:
+    """Check that the guard can make every method's update of a task smaller, if it is to.
+
+    Raises:
+        ConfigError: naming a method whose model is not the base plus the sum of its tasks' updates.
+    """
+    for label, method in config.methods.items() if config.guard and config.guard.shrinks else ():
+        cls = METHODS[method.method]
+        summed = cls(cls.Options(**method.options)).mergeable and cls.combine is Method.combine
+        if cls.trainable and not cls.bound and not summed:
+            raise ConfigError(
+                f"guard.on_failure is shrink, but '{label}' ({method.method}) is not the base plus the sum "
+                "of its tasks' updates, of which one could be made smaller",
+                f"set guard.on_failure to rollback, stop or warn, or leave '{label}' out of this run",
+            )
 
 
 def _check_statistics(label: str, needed: int, config: RunConfig) -> None:

@@ -23,11 +23,14 @@ class Task:
         recipe: its recipe.
         train: the split that it is trained on.
         test: the split that it is scored on.
+        held_out: training examples that are neither trained on nor part of the scores; see
+            `GuardConfig.held_out`.
     """
 
     recipe: Recipe
     train: TaskData
     test: TaskData
+    held_out: TaskData | None = None
 
     @property
     def name(self) -> str:
@@ -37,6 +40,7 @@ class Task:
     def record(self) -> dict:
         """Return the record of the task in journal and results; `plugins` only if it uses some."""
         plugins = task_plugins(self.recipe)
+        held_out = self.held_out
         return {
             "task": self.name,
             "version": self.recipe.version,
@@ -51,6 +55,7 @@ class Task:
                 "fingerprint": self.test.fingerprint,
                 "dropped": list(self.test.dropped),
             },
+            **({"held_out": {"n": len(held_out), "fingerprint": held_out.fingerprint}} if held_out else {}),
             **({"plugins": plugins} if plugins else {}),
         }
 
@@ -95,18 +100,19 @@ def load_tasks(config: RunConfig, objects: Objects = Objects()) -> list[Task]:
         ConfigError: if a task is named twice.
     """
     return [
-        load_task(objects.with_tables(recipe), config.data, trained=config.source(index) is None)
+        load_task(objects.with_tables(recipe), config.data, config.source(index) is None, config.held_out)
         for index, recipe in enumerate(load_recipes(config.tasks), start=1)
     ]
 
 
-def load_task(recipe: Recipe, data: DataConfig, trained: bool = True) -> Task:
+def load_task(recipe: Recipe, data: DataConfig, trained: bool = True, held_out: float = 0.0) -> Task:
     """Load and check one task's data.
 
     Args:
         recipe: the task's recipe.
         data: how data are read.
         trained: see `load_splits`.
+        held_out: share of its training examples that is held out.
 
     Raises:
         RecipeError: for mistakes in the data.
@@ -115,10 +121,11 @@ def load_task(recipe: Recipe, data: DataConfig, trained: bool = True) -> Task:
     """
     metric_of(recipe).check_installed()
     train, test = load_splits(data, recipe, trained)
+    train, held = hold_out(train, held_out)
     if warning := check_references(test):
         log.warning(warning)
     # The recipe of the loaded data: some class lists are read from the data.
-    task = Task(train.recipe, train, test)
+    task = Task(train.recipe, train, test, held)
     for note in task.repeats():
         log.warning(note)
     return task
@@ -148,6 +155,11 @@ def load_splits(config: DataConfig, recipe: Recipe, trained: bool = True) -> tup
         else (train, load_split(recipe, "test", config.root, config.on_bad_image))
     )
     return limit_examples(train, config.train_examples), test
+
+
+def hold_out(train: TaskData, share: float) -> tuple[TaskData, TaskData | None]:
+    """Return (the training examples, those held out of them); None where there is nothing to hold out."""
+    return train.split_holdout(share, HOLDOUT_SEED) if share and len(train) else (train, None)
 
 
 def limit_examples(train: TaskData, limit: int) -> TaskData:

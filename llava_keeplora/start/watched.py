@@ -33,6 +33,8 @@ def load_watched(config: RunConfig, tasks: Sequence[Task], objects: Objects = Ob
         watched = [_load(entry, config, objects) for entry in config.guard.watch]
         for task in (*watched, *(tasks if config.guard.judges_tasks else ())):
             check_comparable(task.test)
+            if task.held_out is not None:
+                check_comparable(task.held_out)
     except UserError as error:
         raise ConfigError(f"the guard can't be evaluated: {error.problem}", error.cure) from error
     names = [task.name for task in (*tasks, *watched)]

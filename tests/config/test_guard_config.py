@@ -1,6 +1,7 @@
 """The section `guard` of a configuration: read, refused, and part of a run's identity."""
 
 import json
+import re
 
 import pytest
 
@@ -8,6 +9,7 @@ from llava_keeplora.config import WatchConfig, parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.run_folder import dump_config
 from llava_keeplora.saved_run import run_identity
+from llava_keeplora.start.check import check_shrinking
 
 GUARD = {"watch": ["shapes", {"task": "digits", "examples": 50}], "watch_tasks": {"max_drop": 1}}
 
@@ -32,6 +34,7 @@ def test_watched_recipes_are_names_or_mappings():
         ({"old_tasks": {"min_gain": 1}}, "unknown key 'guard.old_tasks.min_gain'"),
         ({"new_task": {"min_gain": 1}, "on_failure": "undo"}, "on_failure must be one of rollback.*undo"),
         ({"new_task": {"min_gain": 1}, "confidence": 95}, "confidence must be from 0.5"),
+        ({**GUARD, "on_failure": "shrink", "held_out": 1}, "held_out must be between 0 and 1.*1"),
         ({**GUARD, "watch": [3]}, r"watch\[0\] is 3"),
         ({**GUARD, "watch": [{"task": "shapes", "examples": 0}]}, r"examples must be at least 1"),
     ],
@@ -50,3 +53,22 @@ def test_a_run_without_a_guard_has_no_key_of_it():
 def test_what_happens_after_a_broken_limit_may_change_while_a_run_goes_on():
     identities = [run_identity(parsed(**GUARD, on_failure=then)) for then in ("stop", "warn")]
     assert identities[0] == identities[1] and identities[0]["guard"]["watch"][0]["task"] == "shapes"
+
+
+def test_shrink_holds_examples_out_which_no_other_answer_to_a_broken_limit_does():
+    shrinking, warning = (parsed(**GUARD, on_failure=then) for then in ("shrink", "warn"))
+    assert (shrinking.held_out, warning.held_out) == (0.1, 0.0)
+    assert run_identity(shrinking)["guard"]["held_out"] == 0.1
+    assert "held_out" not in run_identity(warning)["guard"]
+
+
+def test_only_a_sum_of_updates_can_get_smaller():
+    def config(**method):
+        tree = {"tasks": ["scene-colour"], "parts": {"vision": {}}, "methods": {"row": method}}
+        return parse_config(tree | {"guard": {**GUARD, "on_failure": "shrink"}})
+
+    for name in ("keeplora", "keeplora++", "ewc", "individual"):
+        check_shrinking(config(method=name))
+    for name in ("keeplora+", "task-lora", "moe-adapters"):
+        with pytest.raises(ConfigError, match=f"on_failure is shrink, but 'row' \\({re.escape(name)}\\)"):
+            check_shrinking(config(method=name))

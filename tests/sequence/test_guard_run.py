@@ -2,15 +2,21 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from llava_keeplora.adapters import load_deltas
 from llava_keeplora.config import parse_config
 from llava_keeplora.doctor import examine_run
 from llava_keeplora.errors import ConfigError
+from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.guard import exit_code
+from llava_keeplora.guard.text import shrink_lines
+from llava_keeplora.journal import shrunk
 from llava_keeplora.saved_run import extended
-from llava_keeplora.sequence import guarding
+from llava_keeplora.sequence import guarding, shrinking
 from llava_keeplora.sequence.fork import fork
 from llava_keeplora_eval import Matrix
 
@@ -19,15 +25,26 @@ WATCH = {"watch": [{"task": "shapes", "examples": 40}], "watch_tasks": {"max_dro
 
 @pytest.fixture
 def breaks(monkeypatch):
-    """Function (name) → every verdict on that task is that a limit is broken, of others that all are held."""
+    """Function (name, even_smaller) → verdicts on that task are that its limits are broken.
 
-    def set_task(name: str) -> None:
-        judge = guarding.judge
+    Those on an update that got smaller are so too, unless `even_smaller` is false; those on other tasks are as they are.
+    """
+
+    def set_task(name: str, even_smaller: bool = True) -> None:
+        judge, limits_of, broken, whole = guarding.judge, guarding._limits, {"outcome": "broken"}, True
+
+        def limits(state, index):
+            nonlocal whole
+            whole = shrunk(state.journal.entries, index) is None
+            return limits_of(state, index)
 
         def judged(task, limits, confidence):
             record = judge(task, limits, confidence)
-            return record | {"ship": task != name}
+            if task != name or not (whole or even_smaller):
+                return record
+            return record | {"ship": False, "limits": [limit | broken for limit in record["limits"]]}
 
+        monkeypatch.setattr(guarding, "_limits", limits)
         monkeypatch.setattr(guarding, "judge", judged)
 
     return set_task
@@ -82,14 +99,59 @@ def test_a_task_that_is_rolled_back_leaves_no_trace_in_the_next(guarded, driven,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("then", ["rollback", "shrink"])
 def test_a_kill_at_every_stage_of_a_guarded_run_ends_with_the_same_files(
-    guarded, run_to_the_end, driven, breaks, stop_at_every_stage, left_behind, tmp_path, when
+    guarded, run_to_the_end, driven, breaks, stop_at_every_stage, left_behind, tmp_path, when, then
+):
+    breaks("stripes", even_smaller=then == "rollback")
+    whole = left_behind(driven(guarded(tmp_path / "whole", [0, 1, 2], on_failure=then)))
+    stop_at_every_stage(when)
+    run_to_the_end(guarded(tmp_path / "run", [0, 1, 2], on_failure=then))
+    assert left_behind(tmp_path / "run") == whole
+    aside = {"rollback": "aside/01-stripes", "shrink": "task-02-stripes/unshrunk"}[then]
+    assert f"keeplora/{aside}/delta.safetensors" in whole
+
+
+@pytest.mark.slow
+def test_a_task_of_which_no_smaller_update_ships_is_rolled_back_without_a_trace(
+    guarded, driven, breaks, tmp_path
 ):
     breaks("stripes")
-    whole = left_behind(driven(guarded(tmp_path / "whole", [0, 1, 2], on_failure="rollback")))
-    stop_at_every_stage(when)
-    run_to_the_end(guarded(tmp_path / "run", [0, 1, 2], on_failure="rollback"))
-    assert left_behind(tmp_path / "run") == whole
+    folder = driven(guarded(tmp_path / "run", [0, 1, 2], on_failure="shrink"))
+    never = driven(guarded(tmp_path / "never", [0, 2], on_failure="shrink"))
+    found, expected = hashes(folder, "corners"), hashes(never, "corners")
+    assert expected == {key: content for key, content in found.items() if not key.endswith("stripes.jsonl")}
+    aside = folder / "keeplora/aside/01-stripes"
+    assert (aside / "delta.safetensors").is_file() and (aside / "unshrunk/delta.safetensors").is_file()
+    assert json.loads((aside / "guard.json").read_text())["then"] == "rollback" and exit_code(folder) == 3
+    assert not [found for found in examine_run(folder) if isinstance(found, Exception)]
+
+
+@pytest.mark.parametrize(
+    ("harm", "gain", "expected"),
+    [
+        (2.0, 0.0, 7 / 16),  # The measured drop may be as large as the limit, 1.
+        (100.0, 0.0, 0.0),
+        (0.0, 0.0, 15 / 16),
+        (2.0, 4.0, 7 / 16),
+        (2.0, 10.0, 0.0),  # What holds the drop gains too little.
+    ],
+)
+def test_the_largest_share_that_holds_every_limit_is_found(monkeypatch, harm, gain, expected):
+    new, old = (SimpleNamespace(name=name, test=None) for name in ("new", "old"))
+    limits = [("new task", new, gain), ("old task", old, -1.0)]
+    monkeypatch.setattr(shrinking, "_limits", lambda state, index: limits)
+    monkeypatch.setattr(
+        shrinking,
+        "_answer",
+        lambda state, index, share, limits: ({"new": 10 * share, "old": -(harm + 0.25) * share}, []),
+    )
+    monkeypatch.setattr(
+        shrinking, "paired_change", lambda data, before, after, level: SimpleNamespace(points=after - before)
+    )
+    record, _ = shrinking.search(None, 1)
+    assert record["lambda"] == expected and len(record["trials"]) == 4
+    assert "share" in " ".join(shrink_lines({"task": "new", "shrink": record}))
 
 
 @pytest.mark.slow
@@ -130,3 +192,37 @@ def test_a_fork_of_a_run_with_a_rollback_never_had_the_task(guarded, driven, bre
     driven(extended(tmp_path / "fork", str(tiny_tasks[1]), {"learning_rate": 0.001}))
     assert (tmp_path / "fork/keeplora/aside/01-stripes/guard.json").is_file()
     assert not [found for found in examine_run(folder) if isinstance(found, Exception)]
+
+
+@pytest.mark.slow
+def test_an_update_that_breaks_a_limit_gets_smaller_and_nothing_later_knows_the_whole_one(
+    guarded, driven, breaks, tmp_path
+):
+    breaks("stripes", even_smaller=False)
+    folder = driven(guarded(tmp_path / "run", [0, 1, 2], on_failure="shrink"))
+    label, task = folder / "keeplora", folder / "keeplora/task-02-stripes"
+    verdict = json.loads((task / "guard.json").read_text())
+    share = verdict["shrink"]["lambda"]
+    assert share == 15 / 16 and [t["lambda"] for t in verdict["shrink"]["trials"]] == [
+        0.5,
+        0.75,
+        0.875,
+        share,
+    ]
+    assert (
+        verdict["ship"] and verdict["shrink"]["limits"][0]["outcome"] == "broken" and exit_code(folder) == 0
+    )
+    # What is on the base, what the next task's subspace is made from, and what is exported is W + λΔ.
+    whole, smaller = (load_deltas(place / "delta.safetensors") for place in (task / "unshrunk", task))
+    for name, delta in smaller.items():
+        assert torch.allclose(delta.dense(), whole[name].dense() * share, rtol=1e-6, atol=0)
+    learned = load_learned_run(folder, None, 2)
+    assert all(torch.equal(learned.deltas[1][n].dense(), delta.dense()) for n, delta in smaller.items())
+    state = [(place / "state.safetensors").read_bytes() for place in (task / "unshrunk", task)]
+    assert state[0] != state[1] and (label / "task-03-corners/guard.json").is_file()
+    assert not [found for found in examine_run(folder) if isinstance(found, Exception)]
+    # The held-out examples are in nobody's training.
+    plan = json.loads((label / "journal.jsonl").read_text().splitlines()[0])["info"]["tasks"]
+    assert all(t["train"]["n"] + t["held_out"]["n"] == 24 for t in plan)
+    trials = sorted(p.name for p in (task / "unshrunk/trials/0.5").iterdir())
+    assert trials == ["shapes.jsonl"]

@@ -81,7 +81,7 @@ def test_references_that_no_answer_can_meet_are_said_before_a_run_and_refused_if
         monkeypatch.setattr(start_tasks, "load_recipes", lambda tasks: [recipe])
         monkeypatch.setattr(start_tasks, "load_splits", lambda *arguments: (split, split))
         return start_tasks.load_tasks(
-            SimpleNamespace(tasks=["options"], data=None, source=lambda index: None)
+            SimpleNamespace(tasks=["options"], data=None, held_out=0.0, source=lambda index: None)
         )
 
     assert start([["A"], ["(B)"]]) and not caplog.text
