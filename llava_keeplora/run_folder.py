@@ -42,6 +42,8 @@ REPORT, REPORT_JSON, TABLE, LATEX_TABLE, SUMMARY_TABLE, SCORES_TABLE, EXPORTS = 
     "scores.csv",
     "export",
 )
+#: Of the run: the scores of recipes that its guard watches.
+WATCHED_TABLE = "watched.csv"
 #: Of a run that was compared with published figures.
 REPRODUCTION = "reproduction.json"
 #: Of a table of `compare`, one row per order and run.

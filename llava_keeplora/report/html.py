@@ -22,6 +22,7 @@ from llava_keeplora.report.tables import (
     summary_rows,
     zero_shot_constants,
 )
+from llava_keeplora.report.watched import NOTE, TITLE, stage_table, watched_header, watched_rows
 from llava_keeplora.report.wrong_answers import (
     CONFUSION_COLUMNS,
     ERROR_COLUMNS,
@@ -133,6 +134,10 @@ def _summary(results: Results) -> str:
     needs = needs_rows(results)
     resources = html_table(NEEDS_COLUMNS, html_rows(needs)) if needs else ""
     resources += f"<p>{escape(note)}</p>\n" if (note := budget_note(results)) else ""
+    if header := watched_header(results):
+        resources += (
+            f"<h3>{TITLE}</h3>\n<p>{NOTE}</p>\n{html_table(header, html_rows(watched_rows(results)))}"
+        )
     bounds = BOUNDS if any(map(is_bound, by_name.values())) else ""
     return f"<p>{LEGEND}{bounds}{spread}</p>\n{html_table(summary_header(by_name), body)}{resources}"
 
@@ -164,6 +169,7 @@ def _numbers(trials: Sequence[Trial]) -> str:
         html_table(["task", *SCORE_COLUMNS], html_rows(score_rows(matrix.tasks, scores))) if scores else ""
     )
     for header, rows in (
+        stage_table(trials),
         (ERROR_COLUMNS, error_rows(trials)),
         (CONFUSION_COLUMNS, confusion_rows(trials)),
         (COST_COLUMNS, costs),

@@ -24,6 +24,14 @@ from llava_keeplora.report.tables import (
     summary_rows,
     zero_shot_constants,
 )
+from llava_keeplora.report.watched import (
+    TITLE,
+    stage_table,
+    watched_cells,
+    watched_header,
+    watched_records,
+    watched_rows,
+)
 from llava_keeplora.report.wrong_answers import answer_records
 from llava_keeplora_eval.aggregates import AGGREGATES
 from llava_keeplora_eval.guard import printable
@@ -54,6 +62,11 @@ def latex_tables(title: str, results: Results, precision: int = 1) -> str:
     parts.append(latex_table(summary_header(matrices(results)), summary_rows(matrices(results), precision)))
     needs = needs_rows(results)
     parts += ["% Resources of the methods.", latex_table(NEEDS_COLUMNS, needs)] if needs else []
+    if header := watched_header(results):
+        parts += [
+            f"% {TITLE}: recipes that the guard watches.",
+            latex_table(header, watched_rows(results, precision)),
+        ]
     for name, trials in results.items():
         if is_baseline(name, [trial.matrix for trial in trials]):
             continue
@@ -62,6 +75,8 @@ def latex_tables(title: str, results: Results, precision: int = 1) -> str:
             f"% {name}{of_seeds(trials)}: score of each task (column) after each task was learned (row)."
         )
         parts.append(latex_table(["after", *matrix.tasks], matrix_rows(matrix, precision)))
+        header, rows = stage_table(trials, precision)
+        parts += [latex_table(header, rows)] if rows else []
     return "\n".join(parts) + "\n"
 
 
@@ -126,8 +141,12 @@ def summary_records(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def report_json(results: Results) -> str:
-    """Return the summary's numbers, and the wrong answers by class per run, seed, task and stage, as JSON."""
+    """Return the summary's numbers, and the wrong answers by class per run, seed, task and stage, as JSON.
+
+    With a guard that watches recipes, their scores too.
+    """
     content = {"summary": summary_records(results), "answers": answer_records(results)}
+    content |= {"watched": watched} if (watched := watched_records(results)) else {}
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -145,6 +164,12 @@ def scores_csv(results: Results) -> str:
         if value is not None
     ]
     return csv_table(["run", "seed", "after", "task", "score"], rows)
+
+
+def watched_csv(results: Results) -> str:
+    """Return the scores of watched recipes as CSV, in the form of `scores_csv`; empty without any."""
+    cells = watched_cells(results)
+    return csv_table(["run", "seed", "after", "task", "score"], cells) if cells else ""
 
 
 def csv_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:

@@ -73,6 +73,7 @@ class Trial:
         scores: one mapping per stage, the base's first: task -> score as
             `llava_keeplora_eval.scoring.Score.to_dict` gives it.
         rolled_back: names of the tasks that the guard took back.
+        watched: stage (`zero-shot`, then each task) → recipe that the guard watches → score in percent.
     """
 
     matrix: Matrix
@@ -86,6 +87,7 @@ class Trial:
     scores: Sequence[Mapping[str, Mapping]] = ()
     needs: Needs | None = None
     rolled_back: Sequence[str] = ()
+    watched: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def learned(self) -> list[str]:

@@ -19,6 +19,7 @@ from llava_keeplora.report.resources import read_needs
 from llava_keeplora.report.results import CapacityStages, Cost, LayerLines, Trial
 from llava_keeplora.report.tables import summary_table
 from llava_keeplora.report.verdict import verdict_html
+from llava_keeplora.report.watched import read_watched, watched_examples
 from llava_keeplora.report.write_report import DOCUMENTS, write_report
 from llava_keeplora.run_folder import (
     ASIDE,
@@ -178,7 +179,8 @@ def names_of(folders: Iterable[Path]) -> dict[Path, str]:
 def _check_comparable(runs: Mapping[Path, Mapping[str, Matrix]]) -> None:
     """Raise RunError unless all runs score the same tasks, in the same order, on the same examples."""
     first, *others = runs
-    tasks, examples = next(iter(runs[first].values())).tasks, examples_of(first)
+    tasks = next(iter(runs[first].values())).tasks
+    examples = examples_of(first) | watched_examples(first, list(runs[first]), tasks)
     for other in others:
         other_tasks = next(iter(runs[other].values())).tasks
         if other_tasks != tasks:
@@ -188,7 +190,8 @@ def _check_comparable(runs: Mapping[Path, Mapping[str, Matrix]]) -> None:
                 "so their numbers can't stand side by side",
                 "report them apart",
             )
-        for task, scored in examples_of(other).items():
+        scores = examples_of(other) | watched_examples(other, list(runs[other]), tasks)
+        for task, scored in scores.items():
             if examples.get(task, scored) != scored:
                 raise RunError(
                     f"{first} and {other} score task '{task}' on different examples or by different metrics",
@@ -286,6 +289,7 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
         needs=read_needs(folder),
         scores=[read_record(path) for path in task_files(folder, SCORES)],
         rolled_back=gone,
+        watched=read_watched(folder, matrix.tasks),
     )
 
 

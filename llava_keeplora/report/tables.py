@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
 from llava_keeplora.report.resources import NEEDS_COLUMNS, budget_note, needs_rows
 from llava_keeplora.report.results import Results, Trial, matrices, mean_matrix, mean_scores, spread
+from llava_keeplora.report.watched import NOTE, TITLE, stage_table, watched_header, watched_rows
 from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, format_number
 
@@ -156,9 +157,13 @@ def markdown_tables(title: str, results: Results, precision: int = 1) -> str:
     needs = needs_rows(results)
     parts += [markdown_table(NEEDS_COLUMNS, needs)] if needs else []
     parts += [f"{note}\n"] if (note := budget_note(results)) else []
+    if header := watched_header(results):
+        parts.append(f"## {TITLE}\n\n{NOTE}\n\n{markdown_table(header, watched_rows(results, precision))}")
     for name, trials in results.items():
         per_seed = [trial.matrix for trial in trials]
         parts.append(f"## {name}{of_seeds(trials)}\n\n{mean_matrix(per_seed).markdown(precision)}")
+        header, rows = stage_table(trials, precision)
+        parts += [markdown_table(header, rows)] if rows else []
         parts.append(markdown_table(["metric", "percent"], metric_rows(per_seed, precision)))
         scores = mean_scores(trials)
         parts += (

@@ -15,12 +15,20 @@ from llava_keeplora.report.errors import ReportError
 from llava_keeplora.report.figures import LIGHT, Palette, encode, save
 from llava_keeplora.report.heatmap import colour_limits, draw_heatmap
 from llava_keeplora.report.html import PlotImage, render_page
-from llava_keeplora.report.latex_csv import latex_tables, report_json, scores_csv, summary_csv
+from llava_keeplora.report.latex_csv import latex_tables, report_json, scores_csv, summary_csv, watched_csv
 from llava_keeplora.report.lines import draw_layer_lines
 from llava_keeplora.report.overlap import draw_overlap
 from llava_keeplora.report.results import Results, Trial, mean_cells, mean_lines, mean_matrix
 from llava_keeplora.report.tables import is_baseline, markdown_tables, of_seeds
-from llava_keeplora.run_folder import LATEX_TABLE, REPORT, REPORT_JSON, SCORES_TABLE, SUMMARY_TABLE, TABLE
+from llava_keeplora.run_folder import (
+    LATEX_TABLE,
+    REPORT,
+    REPORT_JSON,
+    SCORES_TABLE,
+    SUMMARY_TABLE,
+    TABLE,
+    WATCHED_TABLE,
+)
 from llava_keeplora_eval.files import write_atomic
 
 if TYPE_CHECKING:
@@ -164,8 +172,8 @@ def write_report(
         head: HTML that the page begins with.
 
     Returns:
-        Every written path: ``html``, ``table``, ``latex``, ``summary``, ``scores``, ``json``, and the PNGs as
-        ``KIND`` or ``KIND/LABEL``.
+        Every written path: ``html``, ``table``, ``latex``, ``summary``, ``scores``, ``json``, ``watched`` of
+        a guard that watches recipes, and the PNGs as ``KIND`` or ``KIND/LABEL``.
 
     Raises:
         ReportError: no results, different tasks, or a capacity that is not valid.
@@ -192,7 +200,10 @@ def write_report(
         "json": report_json(results),
         "html": render_page(title, results, images, settings or {}, head),
     }
-    for key, name in DOCUMENTS.items():
+    names = DOCUMENTS
+    if watched := watched_csv(results):
+        texts, names = texts | {"watched": watched}, DOCUMENTS | {"watched": WATCHED_TABLE}
+    for key, name in names.items():
         paths[key] = out_dir / name
         write_atomic(paths[key], texts[key])
     return paths
