@@ -11,6 +11,7 @@ import functools
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 from forked import SERVER, ensure_server
@@ -20,17 +21,19 @@ class Moments:
     """Counts moments, and kills at one of them.
 
     Args:
-        fatal: the number of the last one; None to live.
+        fatal: the number of the last one, or ("STAGE TASK", kind, number among these); None to live.
         log: a file, to which the killed process writes what it was doing.
     """
 
-    def __init__(self, fatal: int | None, log: Path):
+    def __init__(self, fatal: int | tuple[str, str, int] | None, log: Path):
         self.fatal, self.log, self.count, self.stage = fatal, log, 0, "start"
+        self.place, self.alike = self.stage, Counter()
 
     def pass_by(self, kind: str, before_death=lambda: None) -> None:
         """One moment."""
         self.count += 1
-        if self.count == self.fatal:
+        self.alike[self.place, kind] += 1
+        if self.fatal in (self.count, (self.place, kind, self.alike[self.place, kind])):
             before_death()
             with open(self.log, "a") as file:
                 file.write(f"{self.stage} {kind}\n")
@@ -52,7 +55,7 @@ class Moments:
         for stage, inner in table.items():
 
             def outer(run, index, stage=stage, inner=inner):
-                self.stage = stage
+                self.stage, self.place = stage, f"{stage} {index}"
                 return inner(run, index)
 
             table[stage] = outer
@@ -90,7 +93,7 @@ class _Written:
         return self._file.__exit__(*error)
 
 
-def live(tree: dict, fatal: int | None, log: str, counted) -> None:
+def live(tree: dict, fatal: int | tuple[str, str, int] | None, log: str, counted) -> None:
     """Inside the process: run, and tell how many moments there were."""
     import torch
     from transformers import CLIPModel, LlavaForConditionalGeneration
@@ -108,6 +111,7 @@ def live(tree: dict, fatal: int | None, log: str, counted) -> None:
     moments.calls(trainer.TaskTrainer, "training_step", "batch")
     moments.calls(trainer._AfterStep, "on_step_end", "step")
     moments.calls(files.os, "replace", "rename")
+    moments.calls(files.os, "rename", "move")
     moments.writes(files, "file")
     moments.writes(journal, "journal")
     moments.writes(predictions, "answers")
@@ -118,7 +122,7 @@ def live(tree: dict, fatal: int | None, log: str, counted) -> None:
     counted.put(moments.count)
 
 
-def start(tree: dict, fatal: int | None, log: Path) -> int | None:
+def start(tree: dict, fatal: int | tuple[str, str, int] | None, log: Path) -> int | None:
     """Run in a process of its own.
 
     Returns:

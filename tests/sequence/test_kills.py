@@ -1,6 +1,7 @@
 """A run that is killed, again and again and anywhere, ends with the files of one that wasn't, bit for bit."""
 
 import importlib.util
+import json
 import random
 import sys
 from pathlib import Path
@@ -82,3 +83,53 @@ def test_runs_killed_in_every_stage_and_within_everything_they_do_end_with_the_s
         "generation" if family == "llava" else "images",
     }
     assert ("TRAINED", "step") in {tuple(place) for place in places} and len(places) >= 40
+
+
+@pytest.fixture
+def guarded_tree(run_tree, tiny_tasks):
+    """Function (folder) → a run that forgets: its second task shrinks, and is rolled back; its third shrinks."""
+
+    def build(folder):
+        tree = run_tree(folder, tasks=[str(task) for task in tiny_tasks], seed=1)
+        tree["training"] |= {"learning_rate": 0.1, "num_train_epochs": 3}
+        # At this confidence any drop that was measured breaks the limit.
+        guard = {"old_tasks": {"max_drop": 0}, "confidence": 0.5, "on_failure": "shrink", "held_out": 0.3}
+        return tree | {"methods": {"seq-lora": {}}, "guard": guard}
+
+    return build
+
+
+@pytest.mark.slow
+def test_a_guard_killed_in_its_answers_while_it_shrinks_and_while_it_rolls_back_gives_the_same_verdicts(
+    guarded_tree, left_behind, tmp_path
+):
+    log, places = tmp_path / "log", tmp_path / "places"
+    whole = guarded_tree(tmp_path / "whole")
+    assert faults.start(whole, None, places) is not None
+    fatal = [
+        ("GUARDED 0", "answers", 2),  # The noise of the base.
+        ("GUARDED 2", "answers", 1),  # The model before, on held-out examples.
+        ("GUARDED 2", "answers", 2),  # A smaller update that is tried.
+        ("GUARDED 2", "file", 1),  # The verdict.
+        ("SHRUNK 2", "journal", 1),
+        ("SHRUNK 2", "move", 2),
+        ("start", "move", 1),
+        ("TRAINED 2", "file", 1),
+        ("EVALUATED 2", "answers", 1),
+        ("GUARDED 2", "file", 1),
+        ("ROLLED_BACK 2", "journal", 1),
+        ("ROLLED_BACK 2", "move", 1),
+        ("start", "move", 1),
+        ("SHRUNK 2", "move", 4),  # Of the task that has come into its place.
+    ]
+    tree = guarded_tree(tmp_path / "run")
+    for place in fatal:
+        assert faults.start(tree, place, log) is None, place
+    assert faults.start(tree, None, log) is not None
+    assert left_behind(tmp_path / "run") == left_behind(tmp_path / "whole")
+    verdicts = json.loads((tmp_path / "run/guard.json").read_text())["methods"]["seq-lora"]
+    assert [(v["task"], v["then"], "shrink" in v) for v in verdicts] == [
+        ("colours", None, False),
+        ("stripes", "rollback", True),
+        ("corners", None, True),
+    ]
