@@ -15,7 +15,7 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import Layer, TaskContext, find_layers
 from llava_keeplora.models import DTYPES, Family, Work, recomputes, repeated
 from llava_keeplora.plan.allocation_tracker import faked, metered
-from llava_keeplora.plan.machine import make_method
+from llava_keeplora.plan.machine import make_method, model_bytes
 from llava_keeplora.plan.sharding import Sharding
 from llava_keeplora_eval.llava import question_features
 from llava_keeplora_eval.predictors import image_features, prompt_features, to_dtype
@@ -54,6 +54,8 @@ class Rehearsal:
         self.subspaces = self.method.subspace_plan()
         self.planned = self.method.planned_adapters(self.layers)
         self.dtype = DTYPES[config.model.dtype]
+        #: Bytes of the model's parameters and buffers; counted now, before adapters are attached to it.
+        self.model_bytes = model_bytes(family.model)
         self.general = general
         self.largest = max(self.work, key=_numbers)
         #: That with the largest batch.

@@ -10,7 +10,6 @@ from torch import nn
 from llava_keeplora.adapters import is_quantised
 from llava_keeplora.methods import Layer
 from llava_keeplora.plan import linear_algebra
-from llava_keeplora.plan.machine import model_bytes
 from llava_keeplora.plan.rehearsal import Rehearsal
 
 F32 = 4
@@ -38,11 +37,6 @@ class Sizes(Rehearsal):
     def protects_weights(self) -> bool:
         """Whether the method protects principal directions of the weights."""
         return self.subspaces is not None and self.subspaces.protects_weights
-
-    @cached_property
-    def model_bytes(self) -> int:
-        """Bytes of the model's parameters and buffers."""
-        return model_bytes(self.family.model)
 
     def _answer_bytes(self, tasks: int) -> tuple[int, int]:
         """Return `Method.answer_bytes` after `tasks` tasks."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -81,22 +82,57 @@ def wide_tree(llava_tree, wide_llava, mixed_tasks):
     return build
 
 
+class Peaks(Mapping):
+    """Stage → device bytes of an estimate, each rehearsed when it is asked for."""
+
+    def __init__(self, estimate):
+        self.estimate = estimate
+
+    def __getitem__(self, stage: str) -> int:
+        return self.estimate.peak(stage).device
+
+    def __iter__(self):
+        return iter(self.estimate.stages)
+
+    def __len__(self) -> int:
+        return len(self.estimate.stages)
+
+
 @pytest.fixture(scope="session")
 def peaks():
-    """Function (tree, gpus) → stage → device bytes of KeepLoRA, planned for GPUs with memory to spare."""
+    """Function (tree, gpus) → `Peaks` of its first method, for GPUs with memory to spare."""
     from llava_keeplora.config import parse_config
-    from llava_keeplora.plan import make_plan
+    from llava_keeplora.plan.machine import find_machine
+    from llava_keeplora.plan.plan import _Scenarios
 
-    planned: dict[str, dict[str, int]] = {}
-
-    def of(tree, gpus: int = 1) -> dict[str, int]:
-        key = json.dumps([tree, gpus], sort_keys=True)
-        if key not in planned:
-            plan = make_plan(parse_config(tree), gpus, 1000.0)
-            planned[key] = {stage.stage: stage.device for stage in plan.methods[0].stages}
-        return dict(planned[key])
+    def of(tree, gpus: int = 1) -> Peaks:
+        estimates = _Scenarios(parse_config(tree), find_machine(gpus, 1000.0)).at({})
+        return Peaks(next(iter(estimates.values())))
 
     return of
+
+
+@pytest.fixture(scope="session")
+def remembered():
+    """(configuration, GPUs) → its estimates; see `estimated_once`."""
+    return {}
+
+
+@pytest.fixture
+def estimated_once(remembered, monkeypatch):
+    """Rehearse equal configurations once: what a stage takes does not depend on how much memory there is."""
+    from llava_keeplora.plan.plan import _Scenarios
+
+    estimate = _Scenarios._estimate
+
+    def once(self, config, gpus):
+        key = repr((config, gpus))
+        if key not in remembered:
+            remembered[key] = (estimate(self, config, gpus), self.work)
+        estimates, self.work = remembered[key]
+        return estimates
+
+    monkeypatch.setattr(_Scenarios, "_estimate", once)
 
 
 @pytest.fixture

@@ -11,10 +11,13 @@ from torch import nn
 
 from llava_keeplora.config import parse_config
 from llava_keeplora.methods import find_layers
+from llava_keeplora.methods.layers import unsure_layers
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import describe, make_plan
 from llava_keeplora.plan.linear_algebra import random_rank
 from llava_keeplora.sequence import runner
+
+pytestmark = pytest.mark.usefixtures("estimated_once")
 
 
 def test_a_sketched_gradient_takes_less_than_a_dense_one_and_leaves_training_alone(wide_tree, peaks):
@@ -25,7 +28,7 @@ def test_a_sketched_gradient_takes_less_than_a_dense_one_and_leaves_training_alo
 
 
 def test_less_memory_for_statistics_lowers_the_features_alone(wide_tree, peaks):
-    much, little = peaks(wide_tree()), peaks(wide_tree(memory={"statistics_gb": 0.03}))
+    much, little = dict(peaks(wide_tree())), dict(peaks(wide_tree(memory={"statistics_gb": 0.03})))
     assert much.pop("features") > little.pop("features") and much == little
 
 
@@ -93,10 +96,8 @@ def test_every_stage_of_zero_takes_less_than_the_one_before_and_more_processes_l
 def test_what_zero_takes_to_the_host_is_not_on_the_device(wide_tree, peaks):
     on_device, on_host = sharded(wide_tree, 2), sharded(wide_tree, 2, offload_optimizer={"device": "cpu"})
     assert peaks(on_host, 2)["train"] < peaks(on_device, 2)["train"]
-    host = [
-        make_plan(parse_config(tree), 2, 1000.0).methods[0].stages[1].host for tree in (on_device, on_host)
-    ]
-    assert host[1] > host[0]
+    on_device, on_host = (peaks(tree, 2).estimate.peak("train").host for tree in (on_device, on_host))
+    assert on_host > on_device
 
 
 @pytest.mark.parametrize(
@@ -174,18 +175,19 @@ def test_a_run_in_fp16_is_planned_like_one_in_bf16(run_tree, wide_tree, peaks, f
     ), (half, brain)
 
 
-def test_a_rank_that_the_weights_decide_on_is_named_and_one_that_fits_any_weight_is_not(wide_tree):
-    def notes(rank):
+def test_a_rank_that_the_weights_decide_on_is_named_and_one_that_fits_any_weight_is_not(wide_tree, peaks):
+    def tree(rank):
         part = {"rank": rank, "alpha": 1, "energy_weight": 0.5}
-        plan = make_plan(parse_config(wide_tree(parts={"language": part, "vision": None, "connector": None})))
+        return wide_tree(parts={"language": part, "vision": None, "connector": None})
+
+    def notes(rank):
+        plan = make_plan(parse_config(tree(rank)))
         return [method.unsure for method in plan.methods], describe(plan)
 
     sentences, text = notes(1)
     assert sentences == [""] and "base stage" not in text
-    config = parse_config(wide_tree())
-    family = open_model(config.model)
-    width = family.config.text_config.hidden_size
+    half = peaks(tree(1)).estimate.family.config.text_config.hidden_size // 2
     # Half the energy of a weight is held by at most half of its directions, whatever the spectrum.
-    assert notes(width // 2)[0] == [""]
-    ((sentence,), text) = notes(width // 2 + 1)
-    assert sentence in text and f"rank {width // 2 + 1} fits layer model.language_model.layers.0." in sentence
+    assert not list(unsure_layers(peaks(tree(half)).estimate.layers.values()))
+    ((sentence,), text) = notes(half + 1)
+    assert sentence in text and f"rank {half + 1} fits layer model.language_model.layers.0." in sentence

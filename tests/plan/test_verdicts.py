@@ -13,6 +13,8 @@ from llava_keeplora.plan import changes_text, check_start, make_plan, refusal
 from llava_keeplora.plan.machine import CONTEXT, _least, changed_layers
 from llava_keeplora.sequence import runner
 
+pytestmark = pytest.mark.usefixtures("estimated_once")
+
 
 def at(tree, room, gpus=1):
     """The plan for GPUs that have so many bytes to themselves."""
@@ -37,6 +39,16 @@ def test_what_fits_is_said_to_fit_and_one_byte_less_is_not_enough(on_train):
     tree, found = on_train
     most = max(found.values())
     assert at(tree, most + 1000).fits and not at(tree, most - 1000).fits
+
+
+def test_a_stage_takes_the_same_whichever_is_asked_for_first(wide_tree, peaks, remembered):
+    # Loading counts the model's bytes, training attaches adapters to it.
+    tree = wide_tree(methods={"seq-lora": {}})
+    first = peaks(tree)
+    load = first["load"]
+    remembered.clear()
+    second = peaks(tree)
+    assert second.estimate is not first.estimate and second["train"] and second["load"] == load
 
 
 def test_training_that_is_too_large_fits_with_the_largest_smaller_batch(on_train, peaks):
@@ -141,6 +153,14 @@ def tiny_file(run_tree, tmp_path):
     return str(path)
 
 
+@pytest.fixture
+def smaller_file(run_tree, tmp_path):
+    """Configuration of a run that is rehearsed sooner."""
+    path = tmp_path / "smaller.yaml"
+    path.write_text(yaml.safe_dump(run_tree("unset", methods={"seq-lora": {}})))
+    return str(path)
+
+
 def test_the_command_says_stage_by_stage_what_a_run_takes(tiny_file, capfd):
     assert cli.main(["plan", "--config", tiny_file]) == 0
     out = capfd.readouterr().out
@@ -163,13 +183,13 @@ def test_the_command_says_stage_by_stage_what_a_run_takes(tiny_file, capfd):
     ] in rows
 
 
-def test_the_command_writes_json_and_takes_overrides(tiny_file, capfd):
+def test_the_command_writes_json_and_takes_overrides(smaller_file, capfd):
     assert (
         cli.main(
             [
                 "plan",
                 "--config",
-                tiny_file,
+                smaller_file,
                 "--json",
                 "--gpus",
                 "2",
@@ -217,8 +237,8 @@ def test_a_plan_that_cannot_be_made_ends_with_code_2_and_one_sentence(
     ]
 
 
-def test_a_run_that_does_not_fit_ends_with_code_2_after_its_table(tiny_file, capfd):
-    assert cli.main(["plan", "--config", tiny_file, "--gpus", "1", "--gpu-memory", "0.6"]) == 2
+def test_a_run_that_does_not_fit_ends_with_code_2_after_its_table(smaller_file, capfd):
+    assert cli.main(["plan", "--config", smaller_file, "--gpus", "1", "--gpu-memory", "0.6"]) == 2
     out, err = capfd.readouterr()
     assert "does not fit" in out and "stages do not fit 1 GPU of 0.6 GB, most of all" in err
 
