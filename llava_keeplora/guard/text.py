@@ -13,6 +13,16 @@ from llava_keeplora_eval.paired_bootstrap import Outcome
 
 def headline(verdict: Mapping[str, Any]) -> str:
     """Return the verdict in one sentence: ship or don't, and how many limits are what."""
+    return f"{verdict['task']}: {word(verdict)}{consequence(verdict)}"
+
+
+def word(verdict: Mapping[str, Any]) -> str:
+    """Return the verdict in a word or two."""
+    return "ship" if verdict["ship"] else "don't ship"
+
+
+def consequence(verdict: Mapping[str, Any]) -> str:
+    """Return the rest of the headline: what became of the task, and how many limits are what."""
     count = {
         outcome: sum(record["outcome"] == outcome for record in verdict["limits"]) for outcome in Outcome
     }
@@ -23,13 +33,12 @@ def headline(verdict: Mapping[str, Any]) -> str:
         STOP: "stopped here",
         WARN: "kept all the same",
     }
-    what = "ship" if verdict["ship"] else "don't ship"
     share = verdict.get("shrink", {}).get("lambda")
     kept = f"with {share:g} of its update" if share and verdict.get(THEN) != SHRINK else ""
     after = ", ".join(filter(None, (kept, then.get(verdict.get(THEN) or "", ""))))
     limits = "limit" if len(verdict["limits"]) == 1 else "limits"
     return (
-        f"{verdict['task']}: {what}{f' ({after})' if after else ''}; of {len(verdict['limits'])} {limits}, "
+        f"{f' ({after})' if after else ''}; of {len(verdict['limits'])} {limits}, "
         f"{', '.join(parts)}, at {100 * verdict['confidence']:g} % confidence together"
     )
 
@@ -45,13 +54,37 @@ def limit_line(record: Mapping[str, Any]) -> str:
     )
     if record.get("worse") is not None:
         line += f", {record['worse']} worse, {record['better']} better"
-    if record.get("noise") is not None:
-        line += f"; noise {record['noise']:.1f}"
-    line += ")"
+    line += f"{_noise(record)})"
     if record["outcome"] == Outcome.UNDECIDED:
         needed = record["examples"]
         line += f"; about {needed} examples would tell" if needed else "; the change is too near to the limit"
     return line
+
+
+def change_lines(verdict: Mapping[str, Any]) -> dict[str, str]:
+    """Return what got worse, better, and neither beyond chance, each with its interval and the noise.
+
+    A change is beyond chance if its interval, of all limits together, does not contain 0.
+
+    Returns:
+        `worse`, `better` and `same`, as far as there are any → a line.
+    """
+    names = {"worse": "worse", "better": "better", "same": "no change beyond chance"}
+    lines = {}
+    for kind, name in names.items():
+        parts = [
+            f"{record['task']} {record['change']:+.1f} points (between {record['low']:+.1f} and "
+            f"{record['high']:+.1f}{_noise(record)})"
+            for record in sorted(verdict["limits"], key=lambda record: -abs(record["change"]))
+            if kind == ("worse" if record["high"] < 0 else "better" if record["low"] > 0 else "same")
+        ]
+        if parts:
+            lines[kind] = f"{name}: {', '.join(dict.fromkeys(parts))}"
+    return lines
+
+
+def _noise(record: Mapping[str, Any]) -> str:
+    return "" if record.get("noise") is None else f"; noise {record['noise']:.1f}"
 
 
 def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
@@ -95,6 +128,8 @@ def verdict_markdown(verdict: Mapping[str, Any]) -> str:
     lines = [
         f"## {_cell(headline(verdict))}",
         "",
+        *(f"- {_cell(line, 1000)}" for line in change_lines(verdict).values()),
+        "",
         "| limit of | verdict | change | interval | accepted | noise |",
     ]
     lines += ["|---|---|---|---|---|---|"]
@@ -112,13 +147,21 @@ def verdict_markdown(verdict: Mapping[str, Any]) -> str:
                 "",
                 f"Got worse in {_cell(record['task'])}:",
                 "",
-                "| example | question | before | after |",
+                "| example | question | right | before | after |",
             ]
-            lines += ["|---|---|---|---|"]
+            lines += ["|---|---|---|---|---|"]
         for flip in record.get("flips", ()):
-            cells = (flip["id"], flip["question"] or "", flip["before"], flip["after"])
+            cells = (flip["id"], flip["question"] or "", right_answers(flip), flip["before"], flip["after"])
             lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def right_answers(flip: Mapping[str, Any], most: int = 3) -> str:
+    """Return the accepted texts of a flipped example, of a class's two spellings the first alone."""
+    texts: dict[str, str] = {}
+    for text in flip["expected"]:
+        texts.setdefault(text.replace("_", " "), text)
+    return " / ".join(list(texts.values())[:most])
 
 
 def error_markdown(error: UserError) -> str:

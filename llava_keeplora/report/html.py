@@ -60,6 +60,23 @@ img { height: auto; display: block; }
 @media (prefers-color-scheme: dark) { img { filter: invert(.91) hue-rotate(180deg); }
   img[alt^="heatmap"], img[alt^="overlap"] { filter: none; border-radius: .4rem; } }
 summary { cursor: pointer; margin: .75rem 0; }
+.verdict h3 { font-size: 1.05rem; margin: 1.5rem 0 .5rem; }
+.verdict h4 { margin: 1.5rem 0 .5rem; }
+.verdict p, .verdict li { max-width: none; color: var(--ink); }
+.verdict h2 { margin-top: 1rem; }
+.ship, .dont { padding: .1rem .5rem; border-radius: .3rem; color: #fff; background: #1a7f37; }
+.dont { background: #b42318; }
+.changes { padding: 0; list-style: none; }
+.changes li { padding-left: .75rem; border-left: .25rem solid var(--line); margin: .35rem 0; }
+.changes .worse { border-color: #b42318; } .changes .better { border-color: #1a7f37; }
+.flips { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: .75rem; }
+.flips figure { display: flex; gap: .75rem; margin: 0; padding: .6rem; border: 1px solid var(--line);
+  border-radius: .4rem; overflow-wrap: anywhere; }
+.flips img { width: 5rem; flex: none; align-self: flex-start; filter: none; }
+.flips dl { grid-template-columns: auto 1fr; gap: 0 .6rem; margin: 0; }
+.flips dt { margin: 0; } .verdict td:nth-child(2), .verdict th:nth-child(2) { text-align: left; }
+.flips .asked { margin: 0 0 .25rem; color: var(--ink); } .flips dd { color: var(--ink); }
+.flips dd.after { color: #d1372a; }
 dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .25rem 1.25rem; }
 dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dt { margin-top: .5rem; } }
@@ -108,6 +125,7 @@ def render_page(
         for label, trials in results.items()
         if f"heatmap/{label}" in images
     )
+    head += "<h2>Scores</h2>\n" if head else ""
     return html_page(title, f"{head}{_summary(results)}{joint}{sections}{_settings(settings)}")
 
 

@@ -82,7 +82,15 @@ def test_text_of_a_model_is_no_markup_of_the_summary():
         "noise": None,
         "examples": None,
         "worse": 1,
-        "flips": [{"id": "1", "question": "a|b", "before": "yes", "after": "<img src=x>\n# ![](y)"}],
+        "flips": [
+            {
+                "id": "1",
+                "question": "a|b",
+                "expected": ["yes"],
+                "before": "yes",
+                "after": "<img src=x>\n# ![](y)",
+            }
+        ],
     }
     text = verdict_markdown({"task": "t", "ship": False, "confidence": 0.95, "then": None, "limits": [limit]})
     assert (

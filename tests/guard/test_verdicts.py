@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llava_keeplora.config import load_config
 from llava_keeplora.guard import NEW, OLD, WATCH, Limit, exit_code, judge, run_record, verdict_lines
+from llava_keeplora.guard.text import change_lines
 from llava_keeplora.report.verdict import verdict_html
 from llava_keeplora_recipes import load_recipe, load_split
 
@@ -80,7 +82,7 @@ def test_too_few_examples_say_how_many_would_tell(shapes, answers):
     assert re.search(r"about \d+ examples would tell$", line), line
 
 
-def test_the_page_begins_with_the_verdict_and_the_code_is_3(verdict, tmp_path):
+def test_the_page_begins_with_the_verdict_and_the_code_is_3(verdict, shapes, tmp_path):
     assert exit_code(tmp_path) == 0 and verdict_html(tmp_path) == ""
     folder = tmp_path / "keeplora/aside/01-shapes"
     folder.mkdir(parents=True)
@@ -90,5 +92,45 @@ def test_the_page_begins_with_the_verdict_and_the_code_is_3(verdict, tmp_path):
     assert not record["ship"] and list(record["methods"]) == ["keeplora"]
     assert exit_code(tmp_path) == 3 and exit_code(tmp_path, "digits") == 0
     page = verdict_html(tmp_path)
-    assert page.count('<img src="data:image/jpeg;base64,') == 10
-    assert page.index("don&#x27;t ship") < page.index("<table>") and "≥ -2" in page
+    assert (
+        page.count('<img src="data:image/jpeg;base64,') == 10
+        and "shapes: 10 of the 150 examples that" in page
+    )
+    assert page.index("0 of 1 tasks ship") < page.index('<b class="dont">') < page.index("worse: shapes -5")
+    assert page.index('class="better">better: shapes +') < page.index("<table>") and "≥ -2" in page
+    right = shapes.recipe.classes[shapes.labels[0]]
+    answers = "".join(f"<dt>{name}</dt>.*?" for name in ("right", "before", "after"))
+    first = re.search(f'<figure title="{shapes.ids[0]}">.*?{answers}</figure>', page)[0]
+    assert first.count(f">{right}</dd>") == 2 and '<dd class="after">nothing</dd>' in first
+
+
+def test_changes_are_told_from_chance_and_the_noise_stands_beside(verdict):
+    lines = change_lines(verdict)
+    assert list(lines) == ["worse", "better", "same"]
+    assert re.match(
+        r"better: shapes \+\d+\.\d points \(between \+.* and \+.*; noise 0\.5\)$", lines["better"]
+    )
+    assert re.match(r"no change beyond chance: shapes \+0\.0 points \(between -", lines["same"])
+    worse, better = verdict["limits"][1], verdict["limits"][0]
+    assert worse["high"] < 0 < better["low"]
+
+
+def test_text_of_a_model_is_no_markup_of_the_page(tmp_path, verdict):
+    flip = {
+        "id": '"><b>',
+        "question": "<i>?",
+        "expected": ["<u>_", "<u> ", "2", "3", "4"],
+        "before": "<s>",
+        "after": "",
+    }
+    limits = [verdict["limits"][1] | {"task": "<x>", "flips": [flip]}]
+    record = {"ship": False, "methods": {"<m>": [verdict | {"task": "<t>", "limits": limits}]}}
+    (tmp_path / "guard.json").write_text(json.dumps(record))
+    page = verdict_html(tmp_path)
+    assert not re.search(r"<(x|t|m|u|s|b)>", page) and "&lt;i&gt;?" in page and "<i>nothing</i>" in page
+    assert "&lt;u&gt;_ / 2 / 3</dd>" in page
+
+
+def test_the_pages_example_is_a_configuration():
+    guard = load_config(Path(__file__).parents[2] / "docs/examples/guard.yaml").guard
+    assert guard.on_failure == "rollback" and [entry.task for entry in guard.watch] == ["shapes", "glyphs"]
