@@ -40,7 +40,7 @@ def check_budgets(table: Table, labels: Mapping[str, Any], tuning: Mapping[str, 
         tuning: label → the runs that try its settings.
 
     Raises:
-        ConfigError: naming the first row that trains on another number than most, and both numbers.
+        ConfigError: naming the rows that train on another number than most, and all numbers.
         RecipeError: the data of a task cannot be read.
     """
     checked = {label: settings for label, settings in labels.items() if label not in table.other_budget}
@@ -77,15 +77,17 @@ def _check_order(where: str, jobs: Mapping[str, Job], sizes: dict[Any, int]) -> 
         return
     counts = {name: trained_examples(config, label, sizes) for name, (label, config) in configs.items()}
     usual = usual_budget(counts)
-    for name, count in counts.items():
-        if other_budget(count, usual):
-            other = next(row for row in counts if counts[row] == usual)
-            raise ConfigError(
-                f"on {where}, '{name}' trains on {count} examples and '{other}' on {usual:.0f}, which is no "
-                "equal budget",
-                f"give both as many, or list the row openly with `other_budget: [{jobs[name].label}]`, and "
-                "the table marks it",
-            )
+    others = {name: count for name, count in counts.items() if other_budget(count, usual)}
+    if others:
+        most = next(row for row in counts if counts[row] == usual)
+        numbers = [f"'{name}' on {count}" for name, count in others.items()]
+        labels = dict.fromkeys(jobs[name].label for name in others)
+        raise ConfigError(
+            f"on {where}, '{most}' trains on {usual:.0f} examples, but {', '.join(numbers)}, which is no "
+            "equal budget",
+            f"give all as many, or list rows openly with `other_budget: [{', '.join(labels)}]`, and the "
+            "table marks them",
+        )
 
 
 def _schedule(config: RunConfig, label: str) -> str:

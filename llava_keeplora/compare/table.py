@@ -1,7 +1,7 @@
 """Configuration of a table of runs: the settings of one run, and the seeds, orders and tuning on top.
 
-A table's file is a run's file with five optional keys more (`base`, `seeds`, `orders`, `tuning`,
-`other_budget`), so any run's configuration is a table of one order and one seed.
+A table's file is a run's file with four optional keys more (`base`, `seeds`, `orders`, `tuning`), so any
+run's configuration is a table of one order and one seed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 from llava_keeplora.config import (
     DEFAULT_METHODS,
     LABEL,
+    OTHER_BUDGET,
     PER_TASK,
     TABLE_KEYS,
     RunConfig,
     as_mapping,
     build,
+    parse_labels,
     read_config,
     with_settings,
 )
@@ -154,7 +156,7 @@ def load_table(
 def parse_table(tree: Mapping[str, Any]) -> Table:
     """Build a `Table` from plain data; see `load_table`. The runs' settings are checked by `make_job`."""
     tree = dict(tree)
-    keys = {*TABLE_KEYS, *(f.name for f in dataclasses.fields(RunConfig))}
+    keys = {*TABLE_KEYS, OTHER_BUDGET, *(f.name for f in dataclasses.fields(RunConfig))}
     for key in tree:
         if key not in keys:
             raise ConfigError(f"unknown key '{key}'", nearest(str(key), keys))
@@ -165,6 +167,7 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
             "name a configuration or a YAML file, and write a run's keys into the table itself",
         )
     methods = tree.pop("methods", None)
+    own_budget = tree.pop(OTHER_BUDGET, None)
     tree = merged(read_config(base), tree) if base else tree
     inherited = tree.pop("methods", DEFAULT_METHODS)
     labels = as_mapping(inherited if methods is None else methods, "methods")
@@ -178,7 +181,9 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
     single_order = {key: tree.pop(key) for key in ("sequence", "tasks") if key in tree}
     tree.pop("expected", None)  # It belongs to one run's settings, not to a table.
     output_dir, orders = tree.pop("output_dir", RunConfig.output_dir), tree.pop("orders", None)
-    other_budget = _parse_labels(tree.pop("other_budget", None) or [], "other_budget", labels)
+    # Rows of the base that the table leaves out need no word about their budget.
+    inherited = [label for label in tree.pop(OTHER_BUDGET, None) or [] if label in labels]
+    other_budget = parse_labels(inherited if own_budget is None else own_budget, OTHER_BUDGET, labels)
     if not isinstance(output_dir, str) or not output_dir:
         raise ConfigError(
             f"output_dir is {output_dir!r}, which is no folder", "write, for instance, runs/table"
@@ -210,19 +215,6 @@ def _parse_seeds(value: Any, where: str, least: int = 1) -> tuple[int, ...]:
             f"{where} is {value!r}, but it takes a list of different whole numbers",
             "write, for instance, [0, 1, 2]",
         )
-    return tuple(value)
-
-
-def _parse_labels(value: Any, where: str, labels: Iterable[str]) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
-        raise ConfigError(
-            f"{where} is {value!r}, but it takes a list of methods", "write, for instance, [replay]"
-        )
-    for label in value:
-        if label not in labels:
-            raise ConfigError(
-                f"{where} names '{label}', which the table does not have", nearest(label, labels)
-            )
     return tuple(value)
 
 

@@ -20,6 +20,7 @@ from llava_keeplora.config.guard import GuardConfig
 from llava_keeplora.config.parts import PartConfig
 from llava_keeplora.config.schema import (
     LABEL,
+    OTHER_BUDGET,
     ROW_KEYS,
     TABLE_KEYS,
     ZERO_SHOT,
@@ -108,6 +109,8 @@ def _keep_methods(tree: dict[str, Any], labels: typing.Sequence[str]) -> None:
         tree["expected"] = {
             label: value for label, value in tree["expected"].items() if label in (ZERO_SHOT, *labels)
         }
+    if isinstance(tree.get(OTHER_BUDGET), list):
+        tree[OTHER_BUDGET] = [label for label in tree[OTHER_BUDGET] if label in labels]
 
 
 def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig:
@@ -124,6 +127,7 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
             raise ConfigError(
                 f"the key '{key}' makes this a table of several runs", "run it with `llava-keeplora compare`"
             )
+    other_budget = tree.pop(OTHER_BUDGET, None)
     check_keys(RunConfig, tree, "")
     parts = {
         name: as_mapping(value, f"parts.{name}")
@@ -136,6 +140,7 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
     _read_tasks(tree, training)
     if methods.get(ZERO_SHOT) in (None, {}):
         methods.pop(ZERO_SHOT, None)  # It always comes first, named or not.
+    parse_labels(other_budget or [], OTHER_BUDGET, methods)  # It belongs to the table of these rows.
     # The run's own sections first, so that a mistake is reported there and not for the inheriting method.
     run_parts, run_training = (
         {n: build(PartConfig, v, f"parts.{n}") for n, v in parts.items()},
@@ -166,6 +171,24 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
         check_adopting(config)
         check_own_optimizer(config)
     return config
+
+
+def parse_labels(value: Any, where: str, labels: typing.Iterable[str]) -> tuple[str, ...]:
+    """Return a list of methods' labels as a tuple.
+
+    Raises:
+        ConfigError: it is no list of labels, or names one that is not there.
+    """
+    if not isinstance(value, list | tuple) or not all(isinstance(label, str) for label in value):
+        raise ConfigError(
+            f"{where} is {value!r}, but it takes a list of methods", "write, for instance, [replay]"
+        )
+    for label in value:
+        if label not in labels:
+            raise ConfigError(
+                f"{where} names '{label}', which the configuration does not have", nearest(label, labels)
+            )
+    return tuple(value)
 
 
 def _read_tasks(tree: dict[str, Any], training: dict[str, Any]) -> None:

@@ -39,7 +39,9 @@ HOLDOUT_SEED = 0
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 #: Keys that make a configuration one of several runs; see `llava_keeplora.compare`.
-TABLE_KEYS = ("base", "seeds", "orders", "tuning", "other_budget")
+TABLE_KEYS = ("base", "seeds", "orders", "tuning")
+#: Key that a run's configuration may have for the table that `llava-keeplora compare` makes of it.
+OTHER_BUDGET = "other_budget"
 
 #: Options of methods that say where reference or general data are; the data themselves are identified by
 #: their fingerprints in the journal.

@@ -28,9 +28,14 @@ Differences from the official code (bjzhb666/MLLM-CL):
 - There the model routes with a LoRA of its own (rank 128, alpha 256, all linear layers of the language model,
   and the connector; learning rate 5e-6, cosine, warm-up 0.03, batch 32), trained anew on 20 examples kept of
   every task for 40 epochs (35 for abilities) to answer with the expert's letter, from descriptions written by
-  hand; for domains it starts from the base with the tasks' LoRAs merged, for abilities from the base. Its
-  training files are not in the repository. An answer that names none picks an expert at random. `model` here
-  is not trained and keeps no example, so expect less of it than published.
+  hand; for domains it starts from the base with the tasks' LoRAs merged (the folder `merged0.2`, whose
+  making is not in the repository), for abilities from the base. Its training files are not there either
+  (on the Hub: MLLM-CL/MLLM-CL-ReplayData, `router_DCL` and `router_ACL`). It answers greedily with at most 16 tokens; the
+  first expert in the list whose letter is anywhere in the answer is picked, and one at random where the
+  answer has no letter of an expert or more than one character that is none. Here the first letter that
+  stands alone counts, of at most 4 tokens, and an answer without one is the base's. `model` here is not
+  trained and keeps no example, so expect less of it than published: a second training after each task, with
+  an adapter, a rate and batches of its own, is no part of a method here.
 - Prototypes are those of other methods: one per class as in ConDU (arXiv 2503.10705), and means of image and
   text features as in DISCO (arXiv 2503.12897, as released in Ghy0501/MCITlib). DISCO's features are those of
   a second CLIP, its released code compares the text alone, and its adapters are all used at once, weighted by

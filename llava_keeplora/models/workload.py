@@ -31,6 +31,7 @@ class Work:
         question: the longest test example as a batch of one, without its answer.
         prompts: CLIP's class prompts; nothing for other models.
         answer: characters of an answer on average.
+        assumed: whether `train` and `test` are assumed, for want of data and of a published number.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Work:
     question: Batch
     prompts: Batch
     answer: float
+    assumed: bool = False
 
     @property
     def tokens(self) -> int:

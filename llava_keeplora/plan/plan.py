@@ -104,6 +104,7 @@ class Plan:
         model: bytes of the model.
         tasks: names of the tasks.
         examples: training examples of every task.
+        assumed: tasks whose number of examples is assumed, as their data are not there and none is known.
         methods: an estimate for each method.
         left_out: label → why a method is not planned.
         changes: settings with which everything fits; empty where none are needed, None where none of those
@@ -114,6 +115,7 @@ class Plan:
     model: int
     tasks: tuple[str, ...]
     examples: tuple[int, ...]
+    assumed: tuple[str, ...]
     methods: tuple[MethodPlan, ...]
     left_out: Mapping[str, str]
     changes: Changes | None
@@ -166,6 +168,7 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float |
         estimate.model_bytes,
         tuple(w.name for w in work),
         tuple(w.train for w in work),
+        tuple(w.name for w in work if w.assumed),
         tuple(methods),
         left_out,
         changes,

@@ -100,6 +100,7 @@ class Rehearsal:
         ctx = TaskContext(
             index, self.largest.name, self.layers, _refuse_pass, _refuse_pass, 0, 0, tasks=index
         )
+        ctx.model = self.family.model
         ctx.own_answers = lambda: answers
         return ctx
 
@@ -118,7 +119,7 @@ class Rehearsal:
         self.method.load_state_dicts([state])
         model = self.family.model
         ctx = self._context(tasks + 1)
-        ctx.model, ctx.forward = model, task
+        ctx.forward = task
         with self.method.training_context(ctx, model):
             yield lambda batch: self.method.loss(ctx, batch, task(**batch))
         self.method.load_state_dicts([])

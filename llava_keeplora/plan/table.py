@@ -8,6 +8,7 @@ from typing import Any
 
 from llava_keeplora.plan.machine import GB
 from llava_keeplora.plan.plan import Changes, Plan
+from llava_keeplora.plan.workload import ASSUMED
 
 
 def describe(plan: Plan) -> str:
@@ -48,6 +49,12 @@ def describe(plan: Plan) -> str:
         for note in (method.unsure, method.reading)
         if note
     ]
+    if plan.assumed:
+        lines.append(
+            f"note: how many examples these tasks have is assumed, {ASSUMED['train']:,} to learn and "
+            f"{ASSUMED['test']:,} to answer, since their data are not there and their recipes do not say it "
+            f"(--data-root counts them): {', '.join(plan.assumed)}"
+        )
     lines.append("")
     rows = [
         ["method", "trained", "stored per task", "MB on disk per task", "MB before the first task", "steps"]
@@ -60,7 +67,8 @@ def describe(plan: Plan) -> str:
     lines += [*_aligned(rows), ""]
     rows = [["task", "examples", *(f"steps of {method.label}" for method in plan.methods)]]
     for i, (task, examples) in enumerate(zip(plan.tasks, plan.examples, strict=True)):
-        rows.append([task, f"{examples:,}", *(f"{method.steps[i]:,}" for method in plan.methods)])
+        mark = " (assumed)" * (task in plan.assumed)
+        rows.append([task, f"{examples:,}{mark}", *(f"{method.steps[i]:,}" for method in plan.methods)])
     return "\n".join([*lines, *_aligned(rows)]) + "\n"
 
 

@@ -1,6 +1,7 @@
 """What every task of a run asks of the machine.
 
-Read from the data where they are there, else from what the recipe says of itself.
+Read from the data where they are there, else from what the recipe says of itself; where it doesn't say how
+many examples there are, their number is assumed, and the plan says so.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from llava_keeplora_recipes.errors import RecipeError
 from llava_keeplora_recipes.paths import set_folder
 from llava_keeplora_recipes.readers import READERS
 
+#: Examples of a split where neither its data nor a published number are known.
+ASSUMED = {"train": 100_000, "test": 10_000}
+
 
 def read_work(config: RunConfig, family: Family, changed: Mapping[str, Changed], world: int) -> list[Work]:
     """Every task of a run, once whatever a start would refuse has been looked for.
@@ -33,7 +37,7 @@ def read_work(config: RunConfig, family: Family, changed: Mapping[str, Changed],
 
     Raises:
         RecipeError, EvalError: for a recipe or data that are wrong.
-        ConfigError: if data are absent and the recipe doesn't say how many there are; or see `check_run`.
+        ConfigError: see `check_run`.
     """
     recipes, root = load_recipes(config.tasks), config.data.root
     tasks = {
@@ -58,7 +62,7 @@ def read_general_work(config: RunConfig, label: str, family: Family) -> Work | N
 
     Raises:
         RecipeError: for a recipe that is wrong.
-        ConfigError: if the data are wrong, or absent and the recipe doesn't say how many there are.
+        ConfigError: if the data are wrong.
     """
     method = make_method(config.methods[label])
     name, root = method.general_data_spec(), config.data.root
@@ -81,19 +85,13 @@ def _read(recipe: Recipe, task: Task | None, config: RunConfig, family: Family) 
         )
     if task is not None:
         return family.workload(recipe, task.train, task.test)
-    sizes = recipe.expected_sizes
-    if not {"train", "test"} <= set(sizes):
-        raise ConfigError(
-            f"the data of '{recipe.name}' are not there and its recipe does not say how many there are",
-            "give the folder that holds them with --data-root, or add `expected_sizes: {train: N, test: M}` "
-            "to a recipe that extends it",
-        )
     work = family.workload(recipe, None, None)
-    train, test = sizes["train"], sizes["test"]
+    train, test = (recipe.expected_sizes.get(split, assumed) for split, assumed in ASSUMED.items())
+    assumed = not set(ASSUMED) <= set(recipe.expected_sizes)
     if config.data.holdout:
         train, test = train - round(config.data.holdout * train), round(config.data.holdout * train)
     train = min(train, config.data.train_examples or train)
-    return dataclasses.replace(work, train=train, test=test, images=train + test)
+    return dataclasses.replace(work, train=train, test=test, images=train + test, assumed=assumed)
 
 
 def _is_there(recipe: Recipe, root: str | None) -> bool:

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from llava_keeplora.compare import compare, parse_table, write_table
-from llava_keeplora.compare.budget import trained_examples
+from llava_keeplora.compare import budget, compare, parse_table, write_table
+from llava_keeplora.compare.budget import check_budgets, trained_examples
 from llava_keeplora.compare.run_table import _check
-from llava_keeplora.config import parse_config
+from llava_keeplora.config import load_config, parse_config, read_config
 from llava_keeplora.errors import ConfigError
+from llava_keeplora_recipes import load_recipes
 
 
 def refused(table) -> str:
@@ -21,8 +22,8 @@ def test_a_row_with_more_epochs_is_refused_with_both_numbers(make_table, tmp_pat
     # Two tasks of 24 examples each.
     methods = {"seq-lora": {"training": {"num_train_epochs": 3}}, "keeplora": {}, "o-lora": {}}
     assert refused(make_table(tmp_path / "table", methods=methods)) == (
-        "on order I, 'seq-lora' trains on 144 examples and 'keeplora' on 48, which is no equal budget; give "
-        "both as many, or list the row openly with `other_budget: [seq-lora]`, and the table marks it."
+        "on order I, 'keeplora' trains on 48 examples, but 'seq-lora' on 144, which is no equal budget; give "
+        "all as many, or list rows openly with `other_budget: [seq-lora]`, and the table marks them."
     )
     table = make_table(tmp_path / "table", methods=methods, other_budget=["seq-lora"])
     _check(table, table.methods)
@@ -34,7 +35,7 @@ def test_steps_count_as_the_examples_that_they_see(make_table, tmp_path):
     table = make_table(tmp_path / "table", methods=methods)
     _check(table, table.methods)
     methods["seq-lora"]["training"]["max_steps"] = 5
-    assert "'keeplora' trains on 96 examples and 'seq-lora' on 80" in refused(
+    assert "'seq-lora' trains on 80 examples, but 'keeplora' on 96" in refused(
         make_table(tmp_path / "table", methods=methods)
     )
 
@@ -45,7 +46,7 @@ def test_bounds_have_the_budget_by_definition_and_replay_a_larger_one(make_table
     _check(table, table.methods)
     # With the second task's 24 examples, half as many of the first one's.
     replay = make_table(tmp_path / "table", methods={**methods, "replay": {"ratio": 0.5}})
-    assert "'replay' trains on 60 examples and 'seq-lora' on 48" in refused(replay)
+    assert "'seq-lora' trains on 48 examples, but 'replay' on 60" in refused(replay)
 
 
 def test_what_a_run_will_see_is_counted_from_its_settings(run_config, tmp_path):
@@ -81,8 +82,8 @@ def test_settings_that_are_tried_have_the_same_budget(make_table, tmp_path):
     }
     table = make_table(tmp_path / "table", tuning={"holdout": 0.5, "metric": "last", "settings": settings})
     assert (
-        "on order I with tuning.holdout, 'seq-lora (setting 2)' trains on 48 examples and 'seq-lora (setting "
-        "1)' on 24" in refused(table)
+        "on order I with tuning.holdout, 'seq-lora (setting 1)' trains on 24 examples, but 'seq-lora (setting "
+        "2)' on 48" in refused(table)
     )
 
 
@@ -90,7 +91,10 @@ def test_other_budget_lists_methods_of_the_table():
     tree = {"sequence": "demo", "methods": {"seq-lora": {}, "replay": {}}}
     assert parse_table(tree | {"other_budget": ["replay"]}).other_budget == ("replay",)
     for value, sentence in (
-        (["replai"], "other_budget names 'replai', which the table does not have; did you mean 'replay'."),
+        (
+            ["replai"],
+            "other_budget names 'replai', which the configuration does not have; did you mean 'replay'.",
+        ),
         (
             "replay",
             "other_budget is 'replay', but it takes a list of methods; write, for instance, [replay].",
@@ -99,8 +103,29 @@ def test_other_budget_lists_methods_of_the_table():
         with pytest.raises(ConfigError) as error:
             parse_table(tree | {"other_budget": value})
         assert str(error.value) == sentence
-    with pytest.raises(ConfigError, match="'other_budget' makes this a table"):
-        parse_config(tree | {"other_budget": ["replay"]})
+    # A run may carry the list for the table that is made of it; a wrong label is an error there too.
+    assert parse_config(tree | {"other_budget": ["replay"]}) == parse_config(tree)
+    with pytest.raises(ConfigError, match="other_budget names 'replai'"):
+        parse_config(tree | {"other_budget": ["replai"]})
+
+
+BENCHMARKS = ["mtil-order1", "mtil-order2", "ucit", "mllm-dcl", "coin", "mllm-acl"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_shipped_benchmark_starts_as_a_table(name, monkeypatch):
+    def published(config, sizes):
+        recipes = load_recipes(config.tasks)
+        return [r.expected_sizes.get("train", 20_000 + 7_000 * i) for i, r in enumerate(recipes)]
+
+    monkeypatch.setattr(budget, "_sizes", published)
+    table = parse_table(read_config(name))
+    check_budgets(table, table.methods, {})
+    # A table on top of it leaves rows out without a word about their budget.
+    labels = ["seq-lora", "replay"]
+    own = parse_table({"base": name, "methods": {label: table.methods[label] for label in labels}})
+    assert own.other_budget == ("replay",)
+    assert not load_config(name, methods=["keeplora"]).expected.keys() - {"zero-shot", "keeplora"}
 
 
 def test_a_listed_row_is_run_and_marked_in_every_form_of_the_table(make_table, tmp_path, started):

@@ -243,15 +243,17 @@ def test_a_run_that_does_not_fit_ends_with_code_2_after_its_table(smaller_file, 
     assert "does not fit" in out and "stages do not fit 1 GPU of 0.6 GB, most of all" in err
 
 
-def test_absent_data_of_unknown_size_are_named(run_tree, tiny_tasks, tmp_path, capfd):
+def test_the_size_of_absent_data_is_assumed_and_the_plan_says_so(run_tree, tiny_tasks, tmp_path, capfd):
     facts = yaml.safe_load(tiny_tasks[0].read_text()) | {"source": {"format": "imagefolder", "path": "gone"}}
     (tmp_path / "gone.yaml").write_text(yaml.safe_dump(facts))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree("unset", tasks=[str(tmp_path / "gone.yaml")])))
-    assert cli.main(["plan", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert cli.main(["plan", "--config", str(tmp_path / "run.yaml")]) == 0
+    out = capfd.readouterr().out
     assert (
-        "the data of 'colours' are not there and its recipe does not say how many there are; give the folder"
-        in capfd.readouterr().err
+        "is assumed, 100,000 to learn and 10,000 to answer" in out
+        and "(--data-root counts them): colours\n" in out
     )
+    assert [line.split()[:3] for line in out.splitlines()][-1] == ["colours", "100,000", "(assumed)"]
 
 
 def test_a_plan_for_nothing_or_for_endless_memory_is_refused(run_tree):

@@ -195,6 +195,42 @@ def test_every_later_method_ends_in_two_processes_as_in_one(
     ), apart
 
 
+#: Forms of later methods that the names alone do not run; each as one row of the same run.
+FORMS = {
+    "protected": {"method": "individual", "of": "keeplora", "settings": {"gradient": "dense"}},
+    "merge-wise-ft": {"method": "merge", "rule": "wise-ft"},
+    "merge-condu": {"method": "merge", "rule": "condu"},
+    "replay": {"share": 0.3, "general_ratio": 0.5},
+}
+
+
+def passes(run, label):
+    """Kinds of passes of every stage, in order, with the examples that all processes sent through the model."""
+    entries = [json.loads(line) for line in (run / label / "journal.jsonl").read_text().splitlines()]
+    return [(entry["stage"], entry["info"].get("passes", {})) for entry in entries]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, "zero-2"])
+@pytest.mark.parametrize("family", ["clip", "llava"])
+def test_forms_of_later_methods_end_in_two_processes_as_in_one_with_as_many_passes(
+    family, stage, trees, tiny_tasks, mixed_tasks, written, driven, launch, script, tmp_path
+):
+    tasks = [str(path) for path in (tiny_tasks if family == "clip" else mixed_tasks)]
+    forms = {**FORMS, "replay": {**FORMS["replay"], "general": tasks[2 if family == "clip" else 0]}}
+    tree = trees[family](tasks=tasks[:2], methods=forms)
+    driven(parse_config(tree | {"output_dir": str(tmp_path / "one")}))
+    path = written(halved(tree), ZERO.get(stage))
+    command = [sys.executable, script, "--config", path, "--output-dir", tmp_path / "two"]
+    code, _, err = launch(command, processes=2)
+    assert code == 0, err
+    for label in forms:
+        apart = distances(tmp_path / "one", tmp_path / "two", label, names=("delta",))
+        assert len(apart) >= 2 and max(apart.values()) < 1e-5, (label, apart)
+        assert passes(tmp_path / "one", label) == passes(tmp_path / "two", label)
+    assert any(counts.get("gradient") for _, counts in passes(tmp_path / "two", "protected"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero-2", "zero-3"])
 def test_self_distillation_ends_under_zero_as_in_two_processes_without(
