@@ -30,10 +30,10 @@ Differences from the official code (bjzhb666/MLLM-CL):
   every task for 40 epochs (35 for abilities) to answer with the expert's letter, from descriptions written by
   hand; for domains it starts from the base with the tasks' LoRAs merged (the folder `merged0.2`, whose
   making is not in the repository), for abilities from the base. Its training files are not there either
-  (on the Hub: MLLM-CL/MLLM-CL-ReplayData, `router_DCL` and `router_ACL`). It answers greedily with at most 16 tokens; the
-  first expert in the list whose letter is anywhere in the answer is picked, and one at random where the
-  answer has no letter of an expert or more than one character that is none. Here the first letter that
-  stands alone counts, of at most 4 tokens, and an answer without one is the base's. `model` here is not
+  (on the Hub: MLLM-CL/MLLM-CL-ReplayData, `router_DCL` and `router_ACL`). It answers greedily with at most
+  16 tokens; the first expert in the list whose letter is anywhere in the answer is picked, and one at random
+  where the answer has no letter of an expert or more than one character that is none. Here the first letter
+  that stands alone counts, of at most 4 tokens, and where there is none the base answers. `model` here is not
   trained and keeps no example, so expect less of it than published: a second training after each task, with
   an adapter, a rate and batches of its own, is no part of a method here.
 - Prototypes are those of other methods: one per class as in ConDU (arXiv 2503.10705), and means of image and
