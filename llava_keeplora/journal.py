@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -143,13 +144,15 @@ def open_stages(
     """
     order = [(task, stage) for task in range(tasks * learns + 1) for stage in stages_of(task, guarded)]
     done: dict[tuple[int, str], Entry] = {}
+    left = deque(order)  # Those that are not done; a search after every entry would take entries × stages.
     for entry in entries:
         key = (entry.task, entry.stage)
         if entry.stage in OUTCOMES:
             continue  # The stages that it took back are gone; see `Journal.entries`.
         if key == PLAN and key in done and planned(entry) > planned(done[key]):
             done = _without_scores(done)
-        elif key != next((step for step in order if step not in done), None):
+            left = deque(step for step in order if step not in done)
+        elif not left or key != left.popleft():
             raise RunError("the journal's stages are out of order", "start over in a new output_dir")
         done[key] = entry
     if done and planned(done[PLAN]) < tasks:

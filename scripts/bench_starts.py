@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from bench_processes import run_command
 
 from llava_keeplora_eval import Matrix
 from llava_keeplora_recipes import load_recipe, load_split
@@ -77,24 +76,11 @@ def processor_seconds(command: str, folder: Path) -> float:
     inside = (
         Path(tempfile.mkdtemp(dir=folder)) if command == BEGINNING and (folder / "run").exists() else folder
     )
-    process = subprocess.Popen(
+    return run_command(
         [sys.executable, "-m", MODULES[program], *words],
-        cwd=inside,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    # `os.wait4` is the only call that returns the processor time of one child.
-    while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-        if command == BEGINNING and any(inside.glob("run/*/journal.jsonl")):
-            process.kill()
-            ended = os.wait4(process.pid, 0)
-            break
-        time.sleep(0.01)
-    else:
-        if ended[1]:
-            sys.exit(f"{command} failed: {process.stderr.read().decode()}")
-    process.returncode = 0
-    return ended[2].ru_utime + ended[2].ru_stime
+        inside,
+        (lambda: any(inside.glob("run/*/journal.jsonl"))) if command == BEGINNING else None,
+    ).cpu
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +152,14 @@ class MethodRun(MethodState):
 
         A training step on one image counts as three.
         """
-        return sum(self._cost(task, stage) for task, stage in self._open_stages())
+        answered = self.journal.files()
+        return sum(self._cost(task, stage, answered) for task, stage in self._open_stages())
 
-    def _cost(self, index: int, stage: Stage) -> float:
+    def _cost(self, index: int, stage: Stage, answered: Container[str] | None = None) -> float:
         if stage in OUTCOMES or (index and shrunk(self.journal.entries, index) is not None):
             return 0  # Nobody foresees that a task's stages run again.
         if stage == Stage.EVALUATED:
-            return self._evaluation_cost(index)
+            return self._evaluation_cost(index, self.journal.files() if answered is None else answered)
         if stage == Stage.GUARDED:
             return cost_of_guarding(self, index)
         if index == 0 and stage == Stage.CONSOLIDATED and stage in self.method.stage_cost:
@@ -171,10 +172,9 @@ class MethodRun(MethodState):
         training = GRADIENT_COST * self._trained_images(index) if stage == Stage.TRAINED else 0
         return training + len(self.inputs[index - 1]) * self.method.stage_cost.get(stage, 0.0)
 
-    def _evaluation_cost(self, index: int) -> float:
+    def _evaluation_cost(self, index: int, answered: Container[str]) -> float:
         if index == 0 and self.config.label != self.first_alike:
             return 0  # The scores are copied.
-        answered = self.journal.files()
         open_tasks = [
             task
             for task in self.scored(index)
