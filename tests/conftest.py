@@ -34,6 +34,8 @@ COUNTS = {"train": 6, "test": 2}
 
 
 def pytest_configure(config) -> None:
+    if getattr(config.option, "numprocesses", None):
+        return  # The workers run the tests; this process runs none and needs no library.
     import torch
 
     from llava_keeplora.bitsandbytes_import import import_bitsandbytes

@@ -188,27 +188,30 @@ def test_weight_decay_pulls_the_literal_form_towards_the_weights_without_its_sta
         torch.testing.assert_close(theirs[name].dense() - ours[name].dense(), pull, atol=1e-6, rtol=1e-3)
 
 
-def test_a_method_starts_from_the_base_whatever_ran_before_it(tmp_path, run_config):
-    methods = {"first": {"method": "keeplora"}, "second": {"method": "keeplora"}}
-    config = run_config(tmp_path / "run", methods=methods)
-    run(config)
-    for folder in folders(Path(config.output_dir) / "first"):
-        for file in ("adapters.safetensors", "delta.safetensors", "state.safetensors"):
-            assert (folder / file).read_bytes() == (
-                Path(config.output_dir) / "second" / folder.name / file
-            ).read_bytes()
-
-
-def test_the_two_forms_give_the_same_run_without_weight_decay(tmp_path, run_config):
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory, run_config, tiny_tasks) -> Path:
+    """A run of both forms, and of the first one again, without weight decay."""
+    methods = {"delta": {}, "literal": {"form": "literal"}, "again": {}}
     config = run_config(
-        tmp_path / "run",
-        methods={"delta": {"method": "keeplora"}, "literal": {"method": "keeplora", "form": "literal"}},
+        tmp_path_factory.mktemp("forms"),
+        tasks=[str(task) for task in tiny_tasks[:2]],
+        methods={label: {"method": "keeplora", **options} for label, options in methods.items()},
         training={"weight_decay": 0.0},
     )
     run(config)
-    for folder in folders(Path(config.output_dir) / "delta"):
+    return Path(config.output_dir)
+
+
+def test_a_method_starts_from_the_base_whatever_ran_before_it(forms):
+    for folder in folders(forms / "delta"):
+        for file in ("adapters.safetensors", "delta.safetensors", "state.safetensors"):
+            assert (folder / file).read_bytes() == (forms / "again" / folder.name / file).read_bytes()
+
+
+def test_the_two_forms_give_the_same_run_without_weight_decay(forms):
+    for folder in folders(forms / "delta"):
         ours = load_deltas(folder / "delta.safetensors")
-        theirs = load_deltas(Path(config.output_dir) / "literal" / folder.name / "delta.safetensors")
+        theirs = load_deltas(forms / "literal" / folder.name / "delta.safetensors")
         for name in ours:
             scale = float(ours[name].dense().abs().max())
             torch.testing.assert_close(ours[name].dense(), theirs[name].dense(), atol=0.02 * scale, rtol=0)

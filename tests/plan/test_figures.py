@@ -110,7 +110,7 @@ def test_the_directions_of_a_random_weight_are_predicted(out_dim, in_dim, energy
     assert abs(principal_basis(weight, energy).rank - random_rank(out_dim, in_dim, energy)) <= 3
 
 
-@pytest.mark.parametrize("family", ["clip", "llava"])
+@pytest.mark.parametrize("family", ["clip", pytest.param("llava", marks=pytest.mark.slow)])
 def test_steps_and_trained_parameters_are_those_of_a_run(family, run_tree, llava_tree, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "write_run_report", lambda root: None)
     training = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "num_train_epochs": 1.5}

@@ -162,11 +162,17 @@ def test_a_run_extended_ends_as_one_of_all_its_tasks(config, run, drive, outcome
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=() if kind == "siglip2" else pytest.mark.slow) for kind in KINDS],
-    indirect=True,
+    ("kind", "learning"),
+    [
+        pytest.param("siglip2", ["seq-lora", "keeplora", "keeplora++"], id="siglip2"),
+        *(pytest.param(kind, None, id=f"{kind}-all", marks=pytest.mark.slow) for kind in KINDS),
+    ],
+    indirect=["kind"],
 )
-def test_every_method_runs_or_is_refused_in_a_sentence(config, driven, tiny_tasks, tmp_path, base, kind):
+def test_every_method_runs_or_is_refused_in_a_sentence(
+    config, driven, tiny_tasks, tmp_path, base, kind, learning
+):
+    """All that don't run are refused; of the others those of `learning` run, or all."""
     model_type = transformers.AutoConfig.from_pretrained(base).model_type
     options = {"zscl": {"reference": str(tiny_tasks[2])}}
     methods = {
@@ -178,6 +184,7 @@ def test_every_method_runs_or_is_refused_in_a_sentence(config, driven, tiny_task
     for name in [name for name in methods if model_type not in allowed[name]]:
         with pytest.raises(ConfigError, match=f"'{name}' changes layers as .* is a {model_type};"):
             driven(config(tmp_path / "refused", methods={name: methods.pop(name)}))
+    methods = {name: methods[name] for name in learning or methods}
     folder = driven(config(tmp_path / "run", methods=methods))
     for label in methods:
         matrix = json.loads((folder / label / "matrix.json").read_text())

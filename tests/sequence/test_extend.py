@@ -49,9 +49,10 @@ def test_an_extension_appends_to_the_journal_and_learns_nothing_twice(copied, dr
 
 
 def test_a_run_on_llava_is_extended_alike(llava_tree, mixed_tasks, driven, outcome, tmp_path):
-    whole = driven(parse_config(llava_tree(tmp_path / "whole")))
-    part = driven(parse_config(llava_tree(tmp_path / "part", tasks=[str(path) for path in mixed_tasks[:2]])))
-    driven(extended(part, str(mixed_tasks[2])))
+    captions, corners = map(str, mixed_tasks[1:])
+    whole = driven(parse_config(llava_tree(tmp_path / "whole", tasks=[captions, corners])))
+    part = driven(parse_config(llava_tree(tmp_path / "part", tasks=[captions])))
+    driven(extended(part, corners))
     assert outcome(part) == outcome(whole)
 
 

@@ -100,7 +100,7 @@ def test_layers_past_the_feature_layer_are_counted_in_the_journal(run):
     assert len(report["unreachable"]) == 4 and all(".layers.1." in name for name in report["unreachable"])
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_stopped_within_training_ends_with_the_same_files(
     llava_config, run_to_the_end, stop_within_training, tmp_path, run, left_behind, step
 ):
@@ -140,14 +140,16 @@ def test_a_part_that_is_not_named_stays_as_it_is(llava_config, drive, tmp_path, 
     assert deltas and all(name.startswith("model.language_model.") for name in deltas)
 
 
-@pytest.mark.parametrize("checkpointing", ["activation_checkpointing", "gradient_checkpointing"])
-def test_recomputing_activations_trains_the_same(llava_config, drive, tmp_path, mixed_tasks, checkpointing):
+def test_recomputing_activations_trains_the_same(llava_config, drive, tmp_path, mixed_tasks):
     results = []
-    for name, settings in (("plain", {}), ("checkpointed", {checkpointing: True})):
-        drive(llava_config(tmp_path / name, tasks=[str(mixed_tasks[0])], training=settings))
-        results.append(load_deltas(tmp_path / name / "keeplora/task-01-questions/delta.safetensors"))
-    for layer, delta in results[0].items():
-        torch.testing.assert_close(delta.dense(), results[1][layer].dense(), atol=1e-5, rtol=1e-3)
+    for name in ("", "activation_checkpointing", "gradient_checkpointing"):
+        settings = {name: True} if name else {}
+        drive(llava_config(tmp_path / f"run{name}", tasks=[str(mixed_tasks[0])], training=settings))
+        results.append(load_deltas(tmp_path / f"run{name}/keeplora/task-01-questions/delta.safetensors"))
+    plain, *checkpointed = results
+    for layer, delta in plain.items():
+        for other in checkpointed:
+            torch.testing.assert_close(delta.dense(), other[layer].dense(), atol=1e-5, rtol=1e-3)
 
 
 def test_a_question_that_leaves_no_room_for_an_answer_is_named_before_any_weight_is_loaded(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import json
 import shutil
 import weakref
 from pathlib import Path
@@ -152,52 +154,67 @@ def test_the_first_step_gradient_on_a_quantised_base_is_that_of_the_expanded_wei
         assert float((gradients[name].matrix - weight.grad).norm() / weight.grad.norm()) < tolerance, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_learns_every_task_on_a_quantised_base_and_never_writes_into_it(
-    kind, quantised_run, drive, tmp_path, monkeypatch
-):
+@pytest.fixture(scope="module")
+def watched(llava_tree, driven, tmp_path_factory):
+    """Function (kind) → a run's folder, its model, and the weights of its linear layers before the run; shared."""
     from llava_keeplora.sequence import run_context
 
-    seen = {}
-    load = run_context.RunContext.load
+    @functools.cache
+    def watch(kind):
+        seen, load = {}, run_context.RunContext.load
 
-    def watched(self):
-        load(self)
-        seen["model"] = self.family.model
-        seen["before"] = {
-            n: m.weight.detach().clone()
-            for n, m in self.family.model.named_modules()
-            if isinstance(m, nn.Linear)
-        }
+        def watched_load(self):
+            load(self)
+            seen["model"] = self.family.model
+            seen["before"] = {
+                n: m.weight.detach().clone()
+                for n, m in self.family.model.named_modules()
+                if isinstance(m, nn.Linear)
+            }
 
-    monkeypatch.setattr(run_context.RunContext, "load", watched)
-    results = drive(quantised_run(kind))
-    assert len(results["keeplora"].rows) == 3
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_context.RunContext, "load", watched_load)
+            folder = tmp_path_factory.mktemp(kind) / "run"
+            return driven(parse_config(llava_tree(folder, model={"quantization": kind}))), seen
+
+    return watch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_learns_every_task_on_a_quantised_base_and_never_writes_into_it(kind, watched):
+    run, seen = watched(kind)
+    assert len(json.loads((run / "keeplora/matrix.json").read_text())["rows"]) == 3
     for name, before in seen["before"].items():
         assert is_quantised(seen["model"].get_submodule(name)) == (not before.is_floating_point())
         if is_quantised(seen["model"].get_submodule(name)):
             assert torch.equal(seen["model"].get_submodule(name).weight, before), name
-    deltas = load_deltas(next((tmp_path / "run/keeplora").glob("task-03-*")) / "delta.safetensors")
+    deltas = load_deltas(next((run / "keeplora").glob("task-03-*")) / "delta.safetensors")
     assert any(float(delta.dense().norm()) > 0 for delta in deltas.values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_run_on_a_quantised_base_that_is_stopped_in_training_ends_with_the_same_files(
-    kind, quantised_run, drive, run_to_the_end, stop_within_training, left_behind, tmp_path
+    kind, quantised_run, watched, run_to_the_end, stop_within_training, left_behind, tmp_path
 ):
-    drive(quantised_run(kind, into=tmp_path / "whole"))
+    whole, _ = watched(kind)
     stop_within_training(1)
     assert run_to_the_end(quantised_run(kind, into=tmp_path / "stopped")) > 1
-    assert left_behind(tmp_path / "whole") == left_behind(tmp_path / "stopped")
+    assert left_behind(whole) == left_behind(tmp_path / "stopped")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        # A start from the gradient, a sum of updates, and experts with a router.
+        ["keeplora", "sd-lora", "moe-adapters"],
+        pytest.param([n for n in FIRST if not METHODS[n].full_finetuning], marks=pytest.mark.slow, id="all"),
+    ],
+    ids="-".join,
+)
 def test_every_method_that_leaves_the_weights_alone_runs_with_clip_on_an_nf4_base(
-    run_tree, drive, tmp_path, tiny_tasks
+    names, run_tree, drive, tmp_path, tiny_tasks
 ):
-    methods, tasks = (
-        {name: {} for name in FIRST if not METHODS[name].full_finetuning},
-        [str(task) for task in tiny_tasks[:2]],
-    )
+    methods, tasks = {name: {} for name in names}, [str(task) for task in tiny_tasks[:2]]
     changes = {"model": {"quantization": "nf4"}, "training": {"max_steps": 1}, "parts": {"text": None}}
     results = drive(parse_config(run_tree(tmp_path / "run", methods=methods, tasks=tasks, **changes)))
     assert all(None not in results[name].rows[1] for name in methods)

@@ -27,15 +27,23 @@ def stopping(monkeypatch, when, stopped):
 
 # A stop before the line loses the stage's work; after it, only the process, as every stop does.
 @pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "methods", [["keeplora"], pytest.param(["seq-lora", "keeplora"], marks=pytest.mark.slow)], ids="-".join
+)
 def test_a_run_stopped_at_every_stage_ends_with_the_same_files(
-    run_config, run_to_the_end, stopped, monkeypatch, tmp_path, three_tasks_run, left_behind, when
+    run_config, run_to_the_end, stopped, monkeypatch, tmp_path, three_tasks_run, left_behind, methods, when
 ):
     stopping(monkeypatch, when, stopped)
-    starts = run_to_the_end(run_config(tmp_path / "run"))
-    assert starts == 1 + 4 + 2 * (4 + 3 * 6), (
-        "every stage of the base and of the tasks of both methods was a stop"
+    starts = run_to_the_end(run_config(tmp_path / "run", methods={name: {} for name in methods}))
+    assert starts == 1 + 4 + len(methods) * (4 + 3 * 6), (
+        "every stage of the base and of the tasks of every method was a stop"
     )
-    assert left_behind(tmp_path / "run") == left_behind(three_tasks_run)
+    # What a method leaves is the same with others next to it.
+    found, whole = left_behind(tmp_path / "run"), left_behind(three_tasks_run)
+    for label in ("zero-shot", *methods):
+        files = [{n: v for n, v in run.items() if n.startswith(f"{label}/")} for run in (found, whole)]
+        assert files[0] and files[0] == files[1]
+    assert len(methods) == 1 or found == whole
 
 
 @pytest.mark.parametrize("step", [1, 2])
