@@ -19,6 +19,7 @@ from llava_keeplora.run_folder import (
     CONSOLIDATED,
     INFO,
     PLAN,
+    RETRIED,
     ROLLBACK,
     ROLLED_BACK,
     SCORES,
@@ -81,7 +82,7 @@ def _entry(values: Any) -> Entry:
         isinstance(getattr(entry, key), kind) for key, kind in types.items()
     ):
         raise ValueError("a value is of another type")
-    for stage, key in ((Stage.ROLLED_BACK, ROLLED_BACK), (Stage.SHRUNK, SHRUNK)):
+    for stage, key in zip(OUTCOMES, (ROLLED_BACK, SHRUNK, RETRIED), strict=True):
         if (entry.stage == stage) != (key in entry.info):
             raise ValueError(f"a stage {stage} and its record belong together")
     for name, expected in entry.files.items():
@@ -94,12 +95,20 @@ def _entry(values: Any) -> Entry:
     return entry
 
 
+def _planned_last(entry: Entry, task: str) -> Entry:
+    """Return an entry; if it is a plan of the whole run, with a task at its end."""
+    if (entry.task, entry.stage) != PLAN:
+        return entry
+    tasks = sorted(entry.info.get("tasks", ()), key=lambda record: record.get("task") == task)
+    return replace(entry, info=entry.info | {"tasks": tasks})
+
+
 def _reason(error: Exception) -> str:
     return "it is nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0][:120]
 
 
 #: Stages that say what becomes of others; nothing of them is needed once a task is closed.
-OUTCOMES = (Stage.ROLLED_BACK, Stage.SHRUNK)
+OUTCOMES = (Stage.ROLLED_BACK, Stage.SHRUNK, Stage.RETRIED)
 
 
 def whole_place(name: str) -> str:
@@ -111,6 +120,11 @@ def whole_place(name: str) -> str:
 def rolled_back(entries: Sequence[Entry]) -> list[str]:
     """Return the names of the tasks that a method has rolled back, in order."""
     return [entry.info[ROLLED_BACK]["task"] for entry in entries if entry.stage == Stage.ROLLED_BACK]
+
+
+def retried(entries: Sequence[Entry]) -> list[str]:
+    """Return the names of the tasks that a method learns once more after a rollback, in order."""
+    return [entry.info[RETRIED] for entry in entries if entry.stage == Stage.RETRIED]
 
 
 def shrunk(entries: Sequence[Entry], task: int) -> float | None:
@@ -245,15 +259,19 @@ class Journal:
         self.add(entry)
 
     def add(self, entry: Entry) -> None:
-        """Add an entry that is in the file; one of ROLLED_BACK or SHRUNK takes stages of its task back."""
+        """Add an entry that is in the file; one of `OUTCOMES` takes earlier ones of its task back."""
 
         def taken_back(old: Entry) -> bool:
+            if entry.stage == Stage.RETRIED:
+                return old.info.get(ROLLED_BACK, {}).get("task") == entry.info[RETRIED]
             stages = AGAIN if entry.stage == Stage.SHRUNK else tuple(Stage) if entry.stage in OUTCOMES else ()
             return old.task == entry.task and old.stage in stages and old.stage != Stage.ROLLED_BACK
 
         gone = [old for old in self.entries if taken_back(old)]
         self.entries = [*(old for old in self.entries if not taken_back(old)), entry]
         self.superseded = [old for old in self.superseded if not taken_back(old)]
+        if entry.stage == Stage.RETRIED:
+            self.entries = [_planned_last(old, entry.info[RETRIED]) for old in self.entries]
         if entry.stage == Stage.SHRUNK:
             self.superseded += [
                 replace(old, files={whole_place(name): expected for name, expected in old.files.items()})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from llava_keeplora.config import ModelConfig, RunConfig, deepspeed_config, finish_config, read_config
+from llava_keeplora.distributed import main_process_first
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import GivenModel, open_model
 from llava_keeplora.objects import (
@@ -146,6 +147,27 @@ class Run:
         given = {"num_train_epochs": num_train_epochs, "learning_rate": learning_rate}
         arguments = {key: value for key, value in given.items() if value is not None}
         return self._follow(task, dataset, arguments)
+
+    def retry(
+        self, task: str, *, num_train_epochs: float | None = None, learning_rate: float | None = None
+    ) -> RunMatrix:
+        """Learn a task that the guard rolled back once more, as the run's last one, and return the scores.
+
+        Args:
+            task: its name.
+            num_train_epochs, learning_rate: see `extend`.
+
+        Raises:
+            RunError: a method of the run has not rolled it back, or see `extend`.
+        """
+        from llava_keeplora.sequence.retry import put_back  # Few starts need it.
+
+        given = {"num_train_epochs": num_train_epochs, "learning_rate": learning_rate}
+        arguments = {key: value for key, value in given.items() if value is not None}
+        with processes(self.config) as self.is_main_process:
+            with main_process_first():
+                self.config = put_back(self.config, task, arguments)
+            return RunMatrix(run(self.config, self.objects))
 
     def adopt(self, source: str | Path, task: str, dataset: Any = None) -> RunMatrix:
         """Make an update that was trained elsewhere one more task, or go on with it, and return the scores.

@@ -121,10 +121,19 @@ class Stage(StrEnum):
     ROLLED_BACK = "ROLLED_BACK"
     #: In the place of CLOSED: the task's update gets smaller, and its stages from TRAINED on run again.
     SHRUNK = "SHRUNK"
+    #: Of the base: a task that was rolled back comes to the end of the sequence, to be learned once more.
+    RETRIED = "RETRIED"
 
 
 #: The stages of a task of a run without a guard; see `llava_keeplora.journal.stages_of`.
-STAGES = tuple(stage for stage in Stage if stage not in (Stage.GUARDED, Stage.ROLLED_BACK, Stage.SHRUNK))
+STAGES = (
+    Stage.PLANNED,
+    Stage.PREPARED,
+    Stage.TRAINED,
+    Stage.CONSOLIDATED,
+    Stage.EVALUATED,
+    Stage.CLOSED,
+)
 #: The stages that run again for a smaller update.
 AGAIN = (Stage.TRAINED, Stage.CONSOLIDATED, Stage.EVALUATED, Stage.GUARDED)
 #: Task 0 is the base before any task: nothing is trained, its weights are analysed and its zero-shot scores
@@ -132,9 +141,9 @@ AGAIN = (Stage.TRAINED, Stage.CONSOLIDATED, Stage.EVALUATED, Stage.GUARDED)
 BASE_STAGES = (Stage.PLANNED, Stage.CONSOLIDATED, Stage.EVALUATED, Stage.CLOSED)
 #: The plan of the whole run; the journal has one more entry of it for every time that the run was extended.
 PLAN = (0, Stage.PLANNED)
-#: Keys of an entry's `info`: what follows from the verdict, where a task that was rolled back is, and the
-#: share of its update that a task keeps.
-THEN, ROLLED_BACK, SHRUNK = "then", "rolled_back", "shrunk"
+#: Keys of an entry's `info`: what follows from the verdict, where a task that was rolled back is, the share
+#: of its update that a task keeps, and the name of a task that is learned once more.
+THEN, ROLLED_BACK, SHRUNK, RETRIED = "then", "rolled_back", "shrunk", "retried"
 #: What happens after a task that breaks a limit of the guard, the value of THEN.
 ROLLBACK, STOP, WARN, SHRINK = "rollback", "stop", "warn", "shrink"
 #: Schema of a journal entry's `info`, as far as it is read; see `llava_keeplora.records.mismatches`.
@@ -158,6 +167,7 @@ INFO = {
     f"{THEN}?": str,
     f"{ROLLED_BACK}?": {"task": str, "folder": str, "aside": str},
     f"{SHRUNK}?": Number(0),
+    f"{RETRIED}?": str,
 }
 _METHOD = {"method": str, "options": dict, "parts": (Each(dict), None), "training": dict}
 #: File name → schema. A key with `?` is optional, and keys that are not listed are allowed.

@@ -8,6 +8,7 @@ import tempfile
 
 from llava_keeplora.cli.arguments import add_command, add_methods, add_run_arguments, add_settings
 from llava_keeplora.cli.run_sequence import load_run_config, prepared_process, print_summary
+from llava_keeplora.errors import ConfigError
 
 #: Help of the overrides of a run that exists.
 OF_THE_MACHINE = (
@@ -40,7 +41,11 @@ def add_extend(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="RUN|CHECKPOINT",
         help="the run folder, whose tasks are all learned; with --into, a checkpoint whose knowledge is kept",
     )
-    parser.add_argument("--task", required=True, metavar="NAME|FILE.yaml", help="the new task")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--task", metavar="NAME|FILE.yaml", help="the new task")
+    task.add_argument(
+        "--retry", metavar="TASK", help="a task of the run that its guard rolled back, to learn once more"
+    )
     parser.add_argument(
         "--into", metavar="RUN", help="the run folder to create, where a checkpoint is extended"
     )
@@ -103,13 +108,14 @@ def run_train(args: argparse.Namespace) -> int:
 
 def run_extend(args: argparse.Namespace) -> int:
     """Train one more task in a run folder, or a first one on a checkpoint."""
+    if args.into and args.retry:
+        raise ConfigError("--retry is of a run, which --into begins", "leave --into out")
     if args.into:
         return extend_checkpoint(args)
     with prepared_process() as Run:
         run = Run.open(args.run_folder, overrides=args.overrides, data_root=args.data_root)
-        scores = run.extend(
-            args.task, num_train_epochs=args.num_train_epochs, learning_rate=args.learning_rate
-        )
+        training = {"num_train_epochs": args.num_train_epochs, "learning_rate": args.learning_rate}
+        scores = run.retry(args.retry, **training) if args.retry else run.extend(args.task, **training)
         return print_summary(run, scores, run.tasks[-1])
 
 

@@ -19,6 +19,7 @@ from llava_keeplora.run_folder import (
     SCHEMAS,
     SCORES,
     TRAINING,
+    UNSHRUNK,
     Stage,
     differences,
     kept_recipe,
@@ -203,7 +204,7 @@ def _matrix(journal: Journal) -> Iterator[UserError]:
     scores = [
         (entry.task, folder / name)
         for name, (entry, _) in journal.files().items()
-        if Path(name).name == SCORES
+        if Path(name).name == SCORES and UNSHRUNK not in Path(name).parts
     ]
     if not scores:
         return

@@ -18,7 +18,7 @@ from llava_keeplora.config import REFERENCE_PLACES, ZERO_SHOT
 from llava_keeplora.errors import RunError
 from llava_keeplora.export.loaded_run import Base, LearnedRun, checked, find_local
 from llava_keeplora.files import write_bytes, write_json
-from llava_keeplora.journal import Entry, Journal
+from llava_keeplora.journal import OUTCOMES, Entry, Journal
 from llava_keeplora.models import embedded_models
 from llava_keeplora.registries import without_places
 from llava_keeplora.run_folder import (
@@ -88,7 +88,7 @@ def write_state(learned: LearnedRun, base: Base, folder: Path) -> None:
             learned.entries if label == learned.label else Journal(learned.run / ZERO_SHOT / JOURNAL).entries
         )
         # A run that goes on from a state has no guard, unless its configuration sets one.
-        entries = [entry for entry in entries if entry.stage != Stage.GUARDED]
+        entries = [entry for entry in entries if entry.stage not in (Stage.GUARDED, *OUTCOMES)]
         _copy_history(learned.run / label, entries, folder / label)
     learned.matrix.to_json(folder / learned.label / MATRIX)
     shutil.copyfile(learned.run / ZERO_SHOT / MATRIX, folder / ZERO_SHOT / MATRIX)

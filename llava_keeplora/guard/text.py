@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava_keeplora.errors import UserError
-from llava_keeplora.run_folder import ROLLBACK, SHRINK, STOP, THEN, WARN
+from llava_keeplora.run_folder import RETRIED, ROLLBACK, SHRINK, STOP, THEN, WARN
 from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_eval.paired_bootstrap import Outcome
 
@@ -35,7 +35,8 @@ def consequence(verdict: Mapping[str, Any]) -> str:
     }
     share = verdict.get("shrink", {}).get("lambda")
     kept = f"with {share:g} of its update" if share and verdict.get(THEN) != SHRINK else ""
-    after = ", ".join(filter(None, (kept, then.get(verdict.get(THEN) or "", ""))))
+    again = "tried again later" if RETRIED in verdict else ""
+    after = ", ".join(filter(None, (kept, then.get(verdict.get(THEN) or "", ""), again)))
     limits = "limit" if len(verdict["limits"]) == 1 else "limits"
     return (
         f"{f' ({after})' if after else ''}; of {len(verdict['limits'])} {limits}, "

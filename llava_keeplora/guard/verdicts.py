@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.run_folder import ASIDE, GUARD, read_record
+from llava_keeplora.run_folder import ASIDE, GUARD, RETRIED, read_record
 
 #: Exit code of a command after a task that should not ship.
 DONT_SHIP = 3
@@ -15,19 +15,29 @@ DONT_SHIP = 3
 def read_verdicts(method: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
     """Return a method's verdicts in the order of the tasks, those of tasks that it rolled back included.
 
+    A verdict on a task that was learned once more since then has the key `retried`, and no longer counts.
+
     Args:
         method: the method's folder.
         tasks: names of the run's tasks.
     """
-    paths = [*method.glob(f"task-*/{GUARD}"), *sorted(method.glob(f"{ASIDE}/*/{GUARD}"))]
+    paths = [*sorted(method.glob(f"{ASIDE}/*/{GUARD}")), *method.glob(f"task-*/{GUARD}")]
     records = [record for path in paths if "limits" in (record := read_record(path))]
+    last = {record["task"]: record for record in records}
+    records = [r if last[r["task"]] is r else r | {RETRIED: True} for r in records]
     return sorted(records, key=lambda record: tasks.index(record["task"]))
+
+
+def counted(verdicts: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the verdicts that count: of a task that was tried more than once, the last one."""
+    return (verdict for verdict in verdicts if RETRIED not in verdict)
 
 
 def run_record(run: Path, labels: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
     """Return the content of the run's own record: every method's verdicts, and whether all of them ship."""
     methods = {label: verdicts for label in labels if (verdicts := read_verdicts(run / label, tasks))}
-    return {"ship": all(v["ship"] for verdicts in methods.values() for v in verdicts), "methods": methods}
+    ship = all(v["ship"] for verdicts in methods.values() for v in counted(verdicts))
+    return {"ship": ship, "methods": methods}
 
 
 def exit_code(run: Path, task: str | None = None) -> int:
@@ -40,5 +50,5 @@ def exit_code(run: Path, task: str | None = None) -> int:
     if not (run / GUARD).exists():
         return 0
     methods = read_record(run / GUARD)["methods"].values()
-    counted = [v for verdicts in methods for v in verdicts if task in (None, v["task"])]
-    return 0 if all(verdict["ship"] for verdict in counted) else DONT_SHIP
+    ships = [v["ship"] for verdicts in methods for v in counted(verdicts) if task in (None, v["task"])]
+    return 0 if all(ships) else DONT_SHIP

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.journal import Entry, Journal
+from llava_keeplora.journal import Entry, Journal, rolled_back
 from llava_keeplora.report.results import Needs, Results, mean, spread
 from llava_keeplora.run_folder import (
     CONSOLIDATED,
@@ -100,7 +100,7 @@ def _read_passes(
 
 def _read_inputs(entries: Sequence[Entry], trained: Sequence[Entry]) -> tuple[str, ...] | None:
     """Return what a finished method needs beyond each task's own data."""
-    last = len(_planned_sizes(entries))
+    last = len(_planned_sizes(entries)) - len(rolled_back(entries))
     closed = [entry.info for entry in entries if (entry.task, entry.stage) == (last, Stage.CLOSED)]
     if not closed or "task_id_at_test" not in closed[-1]:
         return None

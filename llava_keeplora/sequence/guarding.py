@@ -11,7 +11,7 @@ import torch
 
 from llava_keeplora.files import write_json
 from llava_keeplora.guard import NEW, OLD, WATCH, Limit, judge, verdict_lines
-from llava_keeplora.journal import shrunk
+from llava_keeplora.journal import Journal, retried, shrunk
 from llava_keeplora.run_folder import (
     ASIDE,
     GUARD,
@@ -20,6 +20,7 @@ from llava_keeplora.run_folder import (
     ROLLED_BACK,
     SHRINK,
     THEN,
+    UNSHRUNK,
     WATCHED,
     Stage,
     file_name,
@@ -27,7 +28,7 @@ from llava_keeplora.run_folder import (
 )
 from llava_keeplora.sequence.answers import predict_whole
 from llava_keeplora.sequence.method_state import MethodState, Outcome
-from llava_keeplora.sequence.shrinking import cost_of_shrinking, search, set_whole_aside
+from llava_keeplora.sequence.shrinking import cost_of_shrinking, search
 from llava_keeplora.start import Task
 from llava_keeplora.start.watched import chosen
 from llava_keeplora_eval.paired_bootstrap import Outcome as LimitOutcome
@@ -210,17 +211,28 @@ def roll_back(state: MethodState, index: int) -> Outcome:
     The journal's entry comes first, and `set_aside` moves the folder then, or at the next start after a kill.
     """
     folder = state.path(index).name
-    aside = f"{ASIDE}/{len(state.rolled_back) + 1:02d}-{file_name(state.name(index))}"
+    count = len(state.rolled_back) + len(retried(state.journal.entries))
+    aside = f"{ASIDE}/{count + 1:02d}-{file_name(state.name(index))}"
     return [], {ROLLED_BACK: {"task": state.name(index), "folder": folder, "aside": aside}}
 
 
 def set_aside(state: MethodState) -> None:
+    """Move what the journal has set aside, in the main process; see `move_aside`."""
+    if state.context.rank == 0:
+        move_aside(state.folder, state.journal)
+    state.context.barrier()
+
+
+def move_aside(folder: Path, journal: Journal) -> None:
     """Move the folders of tasks that were rolled back and the files of whole updates, unless that is done."""
-    for entry in state.journal.entries:
-        if entry.stage == Stage.ROLLED_BACK and state.context.rank == 0:
-            record = entry.info[ROLLED_BACK]
-            source, target = state.folder / record["folder"], state.folder / record["aside"]
-            if not target.exists() and source.exists():
-                target.parent.mkdir(exist_ok=True)
-                os.rename(source, target)
-    set_whole_aside(state)
+    moves = [
+        (entry.info[ROLLED_BACK]["folder"], entry.info[ROLLED_BACK]["aside"])
+        for entry in journal.entries
+        if entry.stage == Stage.ROLLED_BACK
+    ]
+    for entry in journal.superseded:
+        moves += [(name.replace(f"/{UNSHRUNK}/", "/", 1), name) for name in entry.files]
+    for source, target in ((folder / before, folder / after) for before, after in moves):
+        if source.exists() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(source, target)

@@ -7,7 +7,6 @@ other.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,21 +107,9 @@ def _answer(
 def shrink(state: MethodState, index: int) -> Outcome:
     """Decide on the smaller update; the files of the whole one are moved when the journal says so.
 
-    The journal's entry comes first, and `set_whole_aside` moves them then, or at the next start after a kill.
+    The journal's entry comes first, and `set_aside` moves them then, or at the next start after a kill.
     """
     return [], {SHRUNK: read_record(state.path(index, GUARD))["shrink"]["lambda"]}
-
-
-def set_whole_aside(state: MethodState) -> None:
-    """Move the files of whole updates that have become smaller, unless that is done."""
-    if state.context.rank == 0:
-        for name in (name for entry in state.journal.superseded for name in entry.files):
-            folder, _, rest = name.partition(f"/{UNSHRUNK}/")
-            source, target = state.folder / folder / rest, state.folder / name
-            if source.exists() and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.rename(source, target)
-    state.context.barrier()
 
 
 def take_share(state: MethodState, index: int, factor: float) -> Outcome:

@@ -215,10 +215,19 @@ class Workspace:
         recorded = recorded_base(self.root) if claimed and not anew and self._has_work() else None
         if recorded and len(read_dumped(self.root).get("tasks", ())) == len(self.config.tasks):
             return
-        identity = run_identity(self.config)
         if not claimed and not (self.root / VERSIONS).exists():
             write_versions(self.root)
-        tasks = []
+        self.write(base or {BASE: recorded or base_record(self.config.model, self.base)}, bool(anew))
+
+    def write(self, base: dict[str, Any] | None = None, anew: bool = False) -> None:
+        """Write the configuration, the identity and the users' recipes.
+
+        Args:
+            base: see `claim`; as it is recorded when None.
+            anew: whether recipes that are there belong to a run that starts over.
+        """
+        identity, tasks = run_identity(self.config), []
+        base = base or {BASE: recorded_base(self.root)}
         for task, name in zip(self.config.tasks, identity["tasks"], strict=True):
             recipe = kept_recipe(self.root, name)
             if is_file_name(task) and (anew or not recipe.exists()):
@@ -230,7 +239,6 @@ class Workspace:
             recipe = kept_recipe(self.root, load_recipe(entry.task).name)
             if is_file_name(entry.task) and (anew or not recipe.exists()):
                 write_bytes(recipe, flat_recipe(entry.task).encode())
-        base = base or {BASE: recorded or base_record(self.config.model, self.base)}
         # config.json comes last: its presence means that the folder is claimed.
         write_json(self.root / IDENTITY, identity | base)
         recorded_config = dataclasses.replace(self.config, tasks=tuple(tasks))

@@ -170,3 +170,29 @@ def test_the_workflow_and_the_hook_do_what_they_say(repository, tmp_path):
         shlex.split(hook["entry"]), env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0 and "tuned: ship" in done.stdout
+
+
+@pytest.mark.slow
+def test_adapters_are_judged_on_the_base_and_against_each_other(tiny_clip, watched, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+    from transformers import CLIPModel
+
+    for name, size in (("first", 0.0), ("second", 0.5)):
+        model = get_peft_model(CLIPModel.from_pretrained(tiny_clip), LoraConfig(target_modules=["q_proj"]))
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.data.fill_(size)
+        model.save_pretrained(tmp_path / name)
+    # An adapter on the base: with B = 0 it is the base.
+    assert judged(tmp_path / "a", tiny_clip, tmp_path / "first", watched) == 0
+    assert "0 worse, 0 better" in capsys.readouterr().out
+    judged(tmp_path / "b", tiny_clip, tmp_path / "second", watched)
+    on_base = json.loads((tmp_path / "b/guard.json").read_text())["limits"][0]
+    # Two adapters, each on the model that it names; and an adapter as the model before.
+    judged(tmp_path / "c", tmp_path / "first", tmp_path / "second", watched)
+    of_both = json.loads((tmp_path / "c/guard.json").read_text())["limits"][0]
+    assert {k: of_both[k] for k in ("before", "after", "change")} == {
+        k: on_base[k] for k in ("before", "after", "change")
+    }
+    assert judged(tmp_path / "d", tmp_path / "first", tiny_clip, watched) == 0
+    assert "0 worse, 0 better" in capsys.readouterr().out

@@ -1,7 +1,9 @@
 """A run with a guard: every task is judged, and one that breaks a limit is taken back without a trace."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,17 +12,22 @@ import pytest
 import torch
 
 from llava_keeplora.adapters import load_deltas
+from llava_keeplora.cli import main
 from llava_keeplora.config import parse_config
 from llava_keeplora.doctor import examine_run
-from llava_keeplora.errors import ConfigError
+from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.export import export_run
 from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.guard import exit_code
 from llava_keeplora.guard.text import shrink_lines
 from llava_keeplora.journal import Entry, Journal, shrunk
+from llava_keeplora.planned_recipes import planned_tasks
 from llava_keeplora.run_folder import Stage
-from llava_keeplora.saved_run import extended
+from llava_keeplora.saved_run import extended, load_run
 from llava_keeplora.sequence import guarding, shrinking
 from llava_keeplora.sequence.fork import fork
+from llava_keeplora.sequence.retry import put_back
+from llava_keeplora.sequence.workspace import Workspace
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
 
@@ -262,3 +269,146 @@ def test_an_update_that_breaks_a_limit_gets_smaller_and_nothing_later_knows_the_
     assert all(t["train"]["n"] + t["held_out"]["n"] == 24 for t in plan)
     trials = sorted(p.name for p in (task / "unshrunk/trials/0.5").iterdir())
     assert trials == ["shapes.jsonl"]
+
+
+@pytest.mark.slow
+def test_a_llava_under_a_guard_keeps_a_share_of_full_and_low_rank_updates(
+    llava_config, driven, breaks, mixed_tasks, tiny_tasks, tmp_path
+):
+    breaks("corners", even_smaller=False)
+    tasks = [str(mixed_tasks[0]), str(mixed_tasks[2])]
+    guard = {**WATCH, "watch": [str(tiny_tasks[0])], "old_tasks": {"max_drop": 100}, "on_failure": "shrink"}
+    folder = driven(llava_config(tmp_path / "run", tasks=tasks, guard=guard))
+    task = folder / "keeplora/task-02-corners"
+    verdict = json.loads((task / "guard.json").read_text())
+    limits = [(limit["of"], limit["task"]) for limit in verdict["limits"]]
+    assert limits == [("old task", "questions"), ("watch task", "colours")]
+    assert verdict["ship"] and (share := verdict["shrink"]["lambda"]) == 15 / 16
+    whole, smaller = (load_deltas(place / "delta.safetensors") for place in (task / "unshrunk", task))
+    assert {type(delta).__name__ for delta in smaller.values()} == {"Delta", "FullDelta"}
+    for name, delta in smaller.items():
+        for key, change in delta.changes().items():
+            assert torch.allclose(change, whole[name].changes()[key] * share, rtol=1e-5, atol=1e-9)
+    assert not [found for found in examine_run(folder) if isinstance(found, Exception)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["rollback", "shrink"])
+def test_an_adopted_task_is_judged_as_a_trained_one(
+    guarded, driven, breaks, tiny_clip, tiny_tasks, tmp_path, then
+):
+    folder = driven(guarded(tmp_path / "run", [0], on_failure=then))
+    adapter = tmp_path / "adapter"
+    peft_lora(tiny_clip).save_pretrained(adapter)
+    breaks("stripes", even_smaller=False)
+    driven(extended(folder, str(tiny_tasks[1]), source=str(adapter)))
+    places = {"rollback": "aside/01-stripes", "shrink": "task-02-stripes"}
+    record = json.loads((folder / "keeplora" / places[then] / "guard.json").read_text())
+    assert exit_code(folder, "stripes") == (3 if then == "rollback" else 0)
+    assert record["ship"] == (then == "shrink") and [r["of"] for r in record["limits"]] == ["watch task"]
+    log = json.loads((folder / "keeplora" / places[then] / "train.json").read_text())
+    assert log["adopted"]["source"] and log.get("shrunk") == (15 / 16 if then == "shrink" else None)
+    # The next task goes on from there.
+    driven(extended(folder, str(tiny_tasks[2])))
+    index = 2 if then == "rollback" else 3
+    assert (folder / f"keeplora/task-{index:02d}-corners/guard.json").is_file()
+    assert not [found for found in examine_run(folder) if isinstance(found, Exception)]
+
+
+def peft_lora(path: Path):
+    """A LoRA with random A and B on a CLIP, as PEFT makes it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import CLIPModel
+
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    model = get_peft_model(CLIPModel.from_pretrained(path), LoraConfig(r=2, target_modules=targets))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.slow
+def test_what_a_shrunk_run_exports_and_forks_is_the_smaller_update(
+    guarded, driven, breaks, tiny_tasks, tmp_path
+):
+    breaks("stripes", even_smaller=False)
+    folder = driven(guarded(tmp_path / "run", [0, 1], on_failure="shrink"))
+    delta = (folder / "keeplora/task-02-stripes/delta.safetensors").read_bytes()
+    fork(folder, 2, tmp_path / "fork")
+    assert (tmp_path / "fork/keeplora/task-02-stripes/delta.safetensors").read_bytes() == delta
+    for run in (folder, tmp_path / "fork"):
+        driven(extended(run, str(tiny_tasks[2])))
+    assert hashes(tmp_path / "fork", "corners") == hashes(folder, "corners")
+    assert not [found for found in examine_run(tmp_path / "fork") if isinstance(found, Exception)]
+    state = export_run(folder, "state", tmp_path / "state", at_task=2, base_id="user/name")
+    assert next(Path(state.folder).glob("keeplora/task-02-stripes/delta.safetensors")).read_bytes() == delta
+    export_run(folder, "adapter", tmp_path / "adapter", base_id="user/name")
+
+
+@pytest.mark.slow
+def test_a_task_that_was_rolled_back_is_tried_again_at_the_end_with_other_settings(
+    guarded, driven, breaks, monkeypatch, tmp_path, tiny_tasks
+):
+    judge = guarding.judge
+    breaks("stripes")
+    folder = driven(guarded(tmp_path / "run", [0, 1, 2], on_failure="rollback"))
+    retry = ["extend", str(folder), "--retry", "stripes"]
+    assert main([*retry, "--learning-rate", "0.02"]) == 3
+    assert [p.name for p in sorted((folder / "keeplora/aside").iterdir())] == ["01-stripes", "02-stripes"]
+    monkeypatch.setattr(guarding, "judge", judge)
+    assert main([*retry, "--learning-rate", "0.005"]) == 0 == exit_code(folder)
+    assert main([*retry, "--learning-rate", "0.005"]) == 0  # Nothing is left to do.
+    # It is the run that had the task at its end from the start.
+    config = guarded(tmp_path / "other", [0, 2, 1], on_failure="rollback")
+    rates = {"learning_rate": [0.01, 0.01, 0.005]}
+    method = dataclasses.replace(config.methods["keeplora"], training=config.training | rates)
+    other = driven(
+        dataclasses.replace(config, methods={"keeplora": method}, training=config.training | rates)
+    )
+    assert hashes(folder, "stripes") == hashes(other, "stripes")
+    assert (folder / "keeplora/matrix.json").read_text() == (other / "keeplora/matrix.json").read_text()
+    verdicts = json.loads((folder / "guard.json").read_text())["methods"]["keeplora"]
+    assert [(v["task"], v["ship"], "retried" in v) for v in verdicts][2:] == [
+        ("stripes", False, True),
+        ("stripes", False, True),
+        ("stripes", True, False),
+    ]
+    assert not [found for found in examine_run(folder) if isinstance(found, Exception)]
+    fork(folder, 3, tmp_path / "fork")
+    assert not [found for found in examine_run(tmp_path / "fork") if isinstance(found, Exception)]
+
+
+def test_a_kill_while_a_task_is_put_back_is_made_good_by_the_same_command(guarded, monkeypatch, tmp_path):
+    folder, names = tmp_path / "run", ["colours", "stripes", "corners"]
+    Workspace(guarded(folder, [0, 1, 2], on_failure="rollback")).claim()
+    for label in ("zero-shot", "keeplora"):
+        journal = Journal(folder / label / "journal.jsonl")
+        journal.append(Entry(0, Stage.PLANNED, info={"tasks": [{"task": name} for name in names]}))
+    gone = {"task": "stripes", "folder": "task-02-stripes", "aside": "aside/01-stripes"}
+    journal.append(Entry(2, Stage.ROLLED_BACK, info={"rolled_back": gone}))
+    whole, append = shutil.copytree(folder, tmp_path / "whole"), Journal.append
+    put_back(load_run(whole), "stripes", {"learning_rate": 0.02})
+    for fatal in (1, 2):  # Before each journal's entry; the configuration is written first.
+        calls = iter(range(1, 9))
+
+        def killed(self, entry, calls=calls, fatal=fatal):
+            if next(calls) == fatal:
+                raise KeyboardInterrupt
+            append(self, entry)
+
+        monkeypatch.setattr(Journal, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            put_back(load_run(folder), "stripes", {"learning_rate": 0.02})
+    monkeypatch.setattr(Journal, "append", append)
+    config = put_back(load_run(folder), "stripes", {"learning_rate": 0.02})
+    assert [Path(task).stem for task in config.tasks] == ["colours", "corners", "stripes"]
+    for name in ("identity.json", "keeplora/journal.jsonl", "zero-shot/journal.jsonl"):
+        assert (folder / name).read_text() == (whole / name).read_text()
+    plans = [planned_tasks(Journal(folder / label / "journal.jsonl")) for label in ("keeplora", "zero-shot")]
+    assert [[record["task"] for record in plan] for plan in plans] == [["colours", "corners", "stripes"]] * 2
+    with pytest.raises(RunError, match="'keeplora' has not rolled 'colours' back"):
+        put_back(load_run(folder), "colours")
+    with pytest.raises(RunError, match="has no task 'pets'"):
+        put_back(load_run(folder), "pets")
