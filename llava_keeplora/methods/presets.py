@@ -55,7 +55,7 @@ class PaperRules:
     one_process = False
     #: Whether its weight basis requires square layers.
     square = False
-    #: Whether it follows released code, where numbers are fixed that the paper's rules may take from the data.
+    #: Whether it follows released code, whose numbers are fixed, while the paper's may come from the data.
     released = False
     #: What share of a task's update is merged.
     interpolation = 1.0
