@@ -47,7 +47,7 @@ WATCHED_TABLE = "watched.csv"
 #: Of a run that was compared with published figures.
 REPRODUCTION = "reproduction.json"
 #: Of a table of `compare`, one row per order and run.
-COMPARISON_TABLE, COMPARISON_JSON = "table.csv", "table.json"
+COMPARISON_TABLE, COMPARISON_JSON, TRIED = "table.csv", "table.json", "tried.json"
 #: Of a method: its finished stages, and the accuracy matrix.
 JOURNAL, MATRIX = "journal.jsonl", "matrix.json"
 #: Of a task, records: initial adapters, log of training, protected subspace after the task, scores, and the

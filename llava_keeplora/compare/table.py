@@ -27,7 +27,7 @@ from llava_keeplora.config import (
 )
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora.registries import localize_plugins
-from llava_keeplora.run_folder import COMPARISON_JSON, COMPARISON_TABLE, RUN_FILES
+from llava_keeplora.run_folder import COMPARISON_JSON, COMPARISON_TABLE, RUN_FILES, TRIED
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
 #: Metrics by which settings may be chosen: one of them, or a sum such as `transfer+last`.
@@ -35,7 +35,7 @@ CHOSEN_BY = ("transfer", "average", "last")
 #: Folders in a table's folder, next to those of its orders.
 TUNING, CACHE = "tuning", "base-cache"
 #: Names in a table's folder that no order may take.
-TABLE_FILES = (TUNING, CACHE, COMPARISON_TABLE, COMPARISON_JSON, *RUN_FILES)
+TABLE_FILES = (TUNING, CACHE, COMPARISON_TABLE, COMPARISON_JSON, TRIED, *RUN_FILES)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from llava_keeplora.report.resources import NEEDS_COLUMNS, budget_note, needs_ro
 from llava_keeplora.report.results import Results, matrices
 from llava_keeplora.report.tables import markdown_table, summary_header, summary_rows
 from llava_keeplora.report.write_report import write_report
-from llava_keeplora.run_folder import COMPARISON_JSON, COMPARISON_TABLE, LATEX_TABLE, REPORT, TABLE
+from llava_keeplora.run_folder import COMPARISON_JSON, COMPARISON_TABLE, LATEX_TABLE, REPORT, TABLE, TRIED
 from llava_keeplora_eval.files import write_atomic
 from llava_keeplora_eval.matrix import MISSING, format_number
 
@@ -44,7 +44,7 @@ class Section:
 
 
 def write_table(table: Table, outcome: TableResult, images: Mapping[str, PlotImage] | None = None) -> str:
-    """Write `table.md`, `.tex`, `.csv` and `.json`, `report.html`, and each order's report into its folder.
+    """Write `table.md`, `.tex`, `.csv` and `.json`, `tried.json`, `report.html`, and each order's report.
 
     Args:
         table: the table.
@@ -79,6 +79,8 @@ def _write_files(table: Table, outcome: TableResult, images: Mapping[str, PlotIm
         + "\n",
         REPORT: _page(title, sections, outcome, images),
     }
+    if outcome.tried:
+        texts[TRIED] = json.dumps([asdict(trial) for trial in outcome.tried], indent=1) + "\n"
     for name, text in texts.items():
         write_atomic(tmp_dir / name, text)
     return texts[TABLE]

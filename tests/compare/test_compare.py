@@ -170,6 +170,10 @@ def test_the_table_says_mean_and_deviation_needs_and_what_was_tried(tuned, start
     assert (
         "| keeplora: form=literal |" in settings and "| seq-lora: training.learning_rate=1e-09 |" in settings
     )
+    tried = json.loads((out / "tried.json").read_text())
+    assert [(one["label"], one["chosen"]) for one in tried] == [
+        (one.label, one.chosen) for one in tuned.outcome.tried
+    ] and tried[0]["metrics"] == tuned.outcome.tried[0].metrics
     rows = list(csv.DictReader(open(out / "table.csv")))
     assert [(one["order"], one["run"], one["n"]) for one in rows] == [
         ("I", "zero-shot", "1"),
