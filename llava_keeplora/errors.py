@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llava_keeplora_recipes.errors import UserError, nearest
 
-__all__ = ["ConfigError", "MethodError", "RunError", "TrainingError", "UserError", "nearest"]
+__all__ = ["ConfigError", "GuardError", "MethodError", "RunError", "TrainingError", "UserError", "nearest"]
 
 
 class ConfigError(UserError):
@@ -13,6 +13,10 @@ class ConfigError(UserError):
 
 class RunError(UserError):
     """Error of a run folder."""
+
+
+class GuardError(RunError):
+    """Error that stops a program after a training that broke a limit of the guard."""
 
 
 class MethodError(UserError):

@@ -14,12 +14,11 @@ import torch
 
 from llava_keeplora.errors import ConfigError, UserError
 from llava_keeplora.files import write_json
+from llava_keeplora.guard.answering import answer, other_size
 from llava_keeplora.guard.judge import WATCH, Limit, judge
 from llava_keeplora.run_folder import GUARD, THEN, file_name
-from llava_keeplora_eval import predict_to_file
 from llava_keeplora_eval.models import ADAPTER, load_predictor, made_by
 from llava_keeplora_eval.paired_scores import check_comparable, paired_change
-from llava_keeplora_eval.predictions import read_predictions
 from llava_keeplora_eval.predictors import default_device
 from llava_keeplora_eval.preparation import check_questions
 from llava_keeplora_eval.references import metric_of
@@ -96,15 +95,14 @@ def _answers(
         otherwise: whether to answer with other batches, in another precision.
     """
     base = given.base if folder == "tuned" and _is_adapter_of(given) else None
-    device = default_device()
-    predictor = load_predictor(model, data.recipe, device, given.max_new_tokens, base)
+    device = torch.device(default_device())
+    predictor = load_predictor(model, data.recipe, str(device), given.max_new_tokens, base)
     check_questions(predictor.preparation, data)
-    size = max(1, given.batch_size // 2) if otherwise else given.batch_size
-    maker = made_by(model, predictor, base) | ({"noise": f"batches of {size}, bfloat16"} if otherwise else {})
+    maker = made_by(model, predictor, base)
+    if otherwise:
+        maker |= {"noise": f"batches of {other_size(given.batch_size)}, bfloat16"}
     path = given.into / folder / f"{file_name(data.recipe.name)}-{_key(maker, data)}.jsonl"
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=otherwise):
-        predict_to_file(predictor, data, path, size, made_by=maker)
-    return read_predictions(path, data)
+    return answer(predictor, data, path, given.batch_size, device, maker, otherwise)
 
 
 def _key(maker: Mapping[str, Any], data: TaskData) -> str:

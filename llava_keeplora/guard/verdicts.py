@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def read_verdicts(method: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: tasks.index(record["task"]))
 
 
-def counted(verdicts: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def counted(verdicts: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """Yield the verdicts that count: of a task that was tried more than once, the last one."""
     return (verdict for verdict in verdicts if RETRIED not in verdict)
 
@@ -40,13 +40,14 @@ def run_record(run: Path, labels: Sequence[str], tasks: Sequence[str]) -> dict[s
     return {"ship": ship, "methods": methods}
 
 
-def exit_code(run: Path, task: str | None = None) -> int:
+def exit_code(run: str | Path, task: str | None = None) -> int:
     """Return 3 if a verdict of a run says not to ship, else 0; 0 for a run without a guard.
 
     Args:
         run: the run's folder.
         task: the task whose verdicts count; all when None.
     """
+    run = Path(run)
     if not (run / GUARD).exists():
         return 0
     methods = read_record(run / GUARD)["methods"].values()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora.guard.text import change_lines, consequence, right_answers, shrink_lines, word
+from llava_keeplora.guard.verdicts import counted
 from llava_keeplora.report.html import html_rows, html_table
 from llava_keeplora.run_folder import GUARD, read_record
 from llava_keeplora_eval.paired_bootstrap import Outcome
@@ -35,8 +36,8 @@ def _method(label: str, verdicts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _count(verdicts: Sequence[Mapping[str, Any]]) -> str:
-    ships = sum(verdict["ship"] for verdict in verdicts)
-    return f"{ships} of {len(verdicts)} tasks ship"
+    ships = [verdict["ship"] for verdict in counted(verdicts)]
+    return f"{sum(ships)} of {len(ships)} tasks ship"
 
 
 def _verdict(verdict: Mapping[str, Any]) -> str:

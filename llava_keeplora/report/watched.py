@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora.guard import WATCH, read_verdicts
+from llava_keeplora.guard.verdicts import counted
 from llava_keeplora.report.results import Results, Trial, mean, spread
 from llava_keeplora.run_folder import ROLLBACK, THEN
 from llava_keeplora_eval.matrix import ZERO_SHOT
@@ -32,7 +33,7 @@ def read_watched(folder: Path, tasks: Sequence[str]) -> dict[str, dict[str, floa
     verdicts = read_verdicts(folder, tasks)
     if not any(record["of"] == WATCH for verdict in verdicts for record in verdict["limits"]):
         return {}
-    kept = {verdict["task"]: verdict for verdict in verdicts if verdict.get(THEN) != ROLLBACK}
+    kept = {verdict["task"]: verdict for verdict in counted(verdicts) if verdict.get(THEN) != ROLLBACK}
     row = _scores(verdicts[0], "before")
     stages = {ZERO_SHOT: row}
     for task in dict.fromkeys(verdict["task"] for verdict in verdicts):

@@ -11,6 +11,7 @@ import torch
 
 from llava_keeplora.files import write_json
 from llava_keeplora.guard import NEW, OLD, WATCH, Limit, judge, verdict_lines
+from llava_keeplora.guard.watch import chosen
 from llava_keeplora.journal import Journal, retried, shrunk
 from llava_keeplora.run_folder import (
     ASIDE,
@@ -30,7 +31,6 @@ from llava_keeplora.sequence.answers import predict_whole
 from llava_keeplora.sequence.method_state import MethodState, Outcome
 from llava_keeplora.sequence.shrinking import cost_of_shrinking, search
 from llava_keeplora.start import Task
-from llava_keeplora.start.watched import chosen
 from llava_keeplora_eval.paired_bootstrap import Outcome as LimitOutcome
 from llava_keeplora_eval.paired_scores import paired_change
 from llava_keeplora_eval.predictions import read_predictions

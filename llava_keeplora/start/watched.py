@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import logging
 from collections.abc import Sequence
 
 from llava_keeplora.config import RunConfig, WatchConfig
 from llava_keeplora.errors import ConfigError, UserError
+from llava_keeplora.guard.watch import load_watch
 from llava_keeplora.objects import Objects
 from llava_keeplora.start.tasks import Task
-from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.paired_scores import check_comparable
-from llava_keeplora_eval.references import check_references, metric_inputs, metric_of
-from llava_keeplora_recipes import TaskData, load_recipe, load_split
+from llava_keeplora_recipes import load_recipe
 from llava_keeplora_recipes.repeats import shared_images
 
 log = logging.getLogger(__name__)
@@ -53,33 +50,5 @@ def load_watched(config: RunConfig, tasks: Sequence[Task], objects: Objects = Ob
 
 def _load(entry: WatchConfig, config: RunConfig, objects: Objects) -> Task:
     recipe = objects.with_tables(load_recipe(entry.task))
-    metric_of(recipe).check_installed()
-    data = load_split(recipe, "test", config.data.root, config.data.on_bad_image)
-    if entry.examples is not None and entry.examples < len(data):
-        data = chosen(data, entry.examples)
-    if warning := check_references(data):
-        log.warning(warning)
+    data = load_watch(recipe, entry.examples, config.data.root, config.data.on_bad_image)
     return Task(data.recipe, data.take([]), data)
-
-
-def chosen(data: TaskData, count: int) -> TaskData:
-    """Return at most a number of examples, chosen by a hash of their ids, in the order of the data.
-
-    Examples that the metric scores together stay together (`MetricRecord.units`): the pair of questions on an
-    image of MME, the passes of a question of MMBench.
-
-    Raises:
-        EvalError: the metric can't group the examples, or the first group has more than `count`.
-    """
-    ids, record = data.ids, metric_of(data.recipe)
-    units = record.units(len(data), **metric_inputs(data, record))
-    units.sort(key=lambda unit: hashlib.sha256(ids[unit[0]].encode()).digest())
-    ends = itertools.accumulate(map(len, units))
-    rows = [row for unit, end in zip(units, ends) if end <= count for row in unit]
-    if not rows:
-        raise EvalError(
-            f"the metric '{record.name}' of {data.recipe.name} scores {len(units[0])} examples together, and "
-            f"examples is {count}",
-            "choose more examples",
-        )
-    return data.take(sorted(rows))

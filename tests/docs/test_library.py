@@ -50,7 +50,7 @@ def test_the_method_without_the_driver_runs_in_the_loops_of_the_page(tmp_path, m
     from datasets import Dataset
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("llava_keeplora.memory.matrix_callback.write_report", lambda *arguments: None)
+    monkeypatch.setattr("llava_keeplora.memory.matrix_callback.write_report", lambda *args, **settings: None)
     torch.manual_seed(0)
     model = make_text_model()
     tasks = ("sort", "add")

@@ -98,6 +98,9 @@ def test_the_page_begins_with_the_verdict_and_the_code_is_3(verdict, shapes, tmp
     )
     assert page.index("0 of 1 tasks ship") < page.index('<b class="dont">') < page.index("worse: shapes -5")
     assert page.index('class="better">better: shapes +') < page.index("<table>") and "≥ -2" in page
+    record["methods"]["keeplora"].insert(0, verdict | {"retried": True})
+    Path(tmp_path / "guard.json").write_text(json.dumps(record))
+    assert "0 of 1 tasks ship" in verdict_html(tmp_path)
     right = shapes.recipe.classes[shapes.labels[0]]
     answers = "".join(f"<dt>{name}</dt>.*?" for name in ("right", "before", "after"))
     first = re.search(f'<figure title="{shapes.ids[0]}">.*?{answers}</figure>', page)[0]

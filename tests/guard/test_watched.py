@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from llava_keeplora.start.watched import chosen
+from llava_keeplora.guard.watch import chosen
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.paired_scores import paired_change
 from llava_keeplora_recipes import load_recipe, load_split

@@ -1,5 +1,6 @@
 """The callback that scores every task beside anyone's Trainer."""
 
+import importlib
 import json
 
 import pytest
@@ -8,8 +9,13 @@ from tests.memory.conftest import make_text_model, text_batches
 from transformers import Trainer, TrainingArguments
 
 from llava_keeplora import KeepLora, MatrixCallback
-from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.errors import ConfigError, GuardError, RunError
+from llava_keeplora.guard import exit_code, watch
+from llava_keeplora.guard.checkpoints import Comparison, compare_checkpoints
 from llava_keeplora_eval import Matrix
+from llava_keeplora_eval.models import load_clip
+from llava_keeplora_eval.predictors import ClipPredictor
+from llava_keeplora_recipes import load_recipe, load_split
 
 
 def token_accuracy(batches):
@@ -117,3 +123,153 @@ def test_bad_input_is_refused_before_the_training(tmp_path):
         MatrixCallback(tmp_path, {"add": SCORES["add"]}, after="add")
     record = json.loads((tmp_path / "keeplora" / "matrix.json").read_text())
     assert record["tasks"] == ["sort", "add"]
+
+
+# --- the guard -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No plots, and each recipe's images are drawn once."""
+    load = watch.load_split
+    monkeypatch.setattr(
+        watch,
+        "load_split",
+        lambda recipe, *args: DRAWN.get(recipe.name) or DRAWN.setdefault(recipe.name, load(recipe, *args)),
+    )
+    module = importlib.import_module("llava_keeplora.report.write_report")
+    monkeypatch.setattr(module, "OF_ALL", ())
+    monkeypatch.setattr(module, "OF_ONE", ())
+
+
+DRAWN = {}
+
+
+class Reader:
+    """Answers with the right class, but for as many examples as the model has forgotten."""
+
+    def __init__(self, model, recipe):
+        self.wrong, self.classes = int(model.forgotten.get(recipe.name, 0)), recipe.classes
+        assert not model.training and not torch.is_grad_enabled()
+
+    def predict(self, examples):
+        number = [int(example.id.rsplit("-", 1)[1]) for example in examples]
+        return [
+            "nothing" if n < self.wrong else self.classes[e.label]
+            for n, e in zip(number, examples, strict=True)
+        ]
+
+
+RECIPES = {"shapes": "shapes", "digits": "digits"}
+GUARD = {"watch": [{"task": "glyphs", "examples": 100}], "watch_tasks": {"max_drop": 5.0}}
+
+
+def trained(folder, after, before, learned, guard=None, scores=RECIPES, step=0):
+    """Run a callback around a training that makes the model forget as many examples as it says."""
+    callback = MatrixCallback(folder, scores, after, guard=guard or GUARD, predictor=Reader, batch_size=200)
+    model = make_text_model()
+    model.forgotten = before
+    callback.on_train_begin(None, State(step), None, model=model)
+    model.forgotten = learned
+    callback.on_train_end(None, State(3), None, model=model)
+    return callback
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_training_that_holds_the_limits_ships_and_its_scores_are_those_of_the_recipes(tmp_path):
+    limits = GUARD | {"old_tasks": {"max_drop": 2.0}, "new_task": {"min_gain": 10.0}}
+    first = trained(tmp_path, "shapes", {"shapes": 150}, {"digits": 30}, limits)
+    assert first.verdict["ship"] and first.matrix.zero_shot[0] == 50 and first.matrix.rows[0][0] == 100
+    record = {limit["task"]: limit for limit in first.verdict["limits"]}
+    assert list(record) == ["shapes", "glyphs"] and record["shapes"]["change"] == 50
+    assert record["glyphs"]["n"] == 100 and record["glyphs"]["noise"] == 0
+    second = trained(tmp_path, "digits", {"digits": 90}, {"shapes": 2}, limits)
+    record = {limit["task"]: limit["of"] for limit in second.verdict["limits"]}
+    assert record == {"digits": "new task", "shapes": "old task", "glyphs": "watch task"}
+    assert json.loads((tmp_path / "guard.json").read_text())["ship"] and exit_code(tmp_path) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.index("2 of 2 tasks ship") < page.index("General ability") < page.index("glyphs before")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_broken_limit_stops_after_the_report_or_warns(tmp_path, caplog):
+    with pytest.raises(GuardError, match=r"stops here: digits: don't ship.*cancel_task"):
+        trained(tmp_path, "digits", {}, {"glyphs": 200})
+    assert exit_code(tmp_path) == 3 and "worse: glyphs" in (tmp_path / "report.html").read_text()
+    callback = trained(tmp_path, "digits", {}, {"glyphs": 200}, GUARD | {"on_failure": "warn"})
+    assert callback.verdict["then"] == "warn" and "broken: watch task glyphs" in caplog.text
+    assert len(callback.verdict["limits"][0]["flips"]) == 10
+    # Trained again without the fault: nothing of the first training is left.
+    assert trained(tmp_path, "digits", {}, {}).verdict["ship"] and exit_code(tmp_path) == 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_training_that_goes_on_is_judged_by_its_answers_from_before_or_refused(tmp_path):
+    with pytest.raises(RunError, match="0 of 100 answers to glyphs from before.*begin the training anew"):
+        trained(tmp_path, "digits", {}, {}, step=2)
+    begun = MatrixCallback(tmp_path, RECIPES, "digits", guard=GUARD, predictor=Reader)
+    model = make_text_model()
+    model.forgotten = {}
+    begun.on_train_begin(None, State(0), None, model=model)
+    with pytest.raises(GuardError, match="digits: don't ship"):
+        trained(tmp_path, "digits", {"glyphs": 200}, {"glyphs": 200}, step=2)
+
+
+def test_a_guard_that_cannot_be_evaluated_is_refused_before_the_training(tmp_path):
+    def refused(match, scores=RECIPES, **changes):
+        with pytest.raises(ConfigError, match=match):
+            MatrixCallback(
+                tmp_path, scores, "shapes", guard={**GUARD, **changes}, predictor=changes.pop("by", Reader)
+            )
+
+    refused("on_failure is rollback.*cancel_task", on_failure="rollback")
+    refused("can't be evaluated: there is no recipe", watch=["gone.yaml"])
+    refused("'digits' is scored or watched twice", watch=["digits"])
+    refused("limit for 'digits'", {"shapes": "shapes", "digits": len}, old_tasks={"max_drop": 1.0})
+    refused("limit for 'shapes'", {"shapes": len}, new_task={"min_gain": 1.0})
+    with pytest.raises(ConfigError, match="a guard needs something that answers"):
+        MatrixCallback(tmp_path, SCORES, "sort", guard=GUARD)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_verdict_in_a_trainer_is_that_of_the_command(tmp_path):
+    """A real CLIP in transformers' Trainer, and `guard --base --tuned` on its checkpoints from before and after."""
+    model, processor = load_clip("tiny-clip")
+    model.save_pretrained(tmp_path / "base")
+    data = load_split(load_recipe("digits"), "train").take(range(128))
+    texts = ClipPredictor(model, processor, data.recipe).preparation.tokens(data.recipe.prompts)
+    pixels = processor.image_processor(images=[e.image for e in data], return_tensors="pt")["pixel_values"]
+    rows = [{"pixel_values": p, "label": label} for p, label in zip(pixels, data.labels)]
+
+    class Contrastive(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            logits = model(pixel_values=inputs["pixel_values"], **texts).logits_per_image
+            return torch.nn.functional.cross_entropy(logits, inputs["labels"])
+
+    callback = MatrixCallback(
+        tmp_path / "matrix",
+        RECIPES,
+        "digits",
+        guard=GUARD | {"watch": ["glyphs"], "on_failure": "warn"},
+        predictor=lambda model, recipe: ClipPredictor(model, processor, recipe),
+    )
+    args = TrainingArguments(
+        str(tmp_path / "trainer"),
+        max_steps=20,
+        learning_rate=3e-4,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        remove_unused_columns=False,
+        per_device_train_batch_size=32,
+    )
+    Contrastive(model=model, args=args, train_dataset=rows, callbacks=[callback]).train()
+    model.save_pretrained(tmp_path / "tuned")
+    for name in ("base", "tuned"):
+        for part in (processor.image_processor, processor.tokenizer):
+            part.save_pretrained(tmp_path / name)
+    given = Comparison(str(tmp_path / "base"), str(tmp_path / "tuned"), 5.0, 0.95, tmp_path / "guard")
+    expected, found = compare_checkpoints(given, ["glyphs"]), callback.verdict
+    assert found["limits"][0]["change"] < 0 and found["limits"] == expected["limits"]
+    assert found["ship"] == expected["ship"]
