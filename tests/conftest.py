@@ -366,6 +366,24 @@ def run_config(run_tree):
     return build
 
 
+@pytest.fixture(scope="module")
+def without_reports():
+    """Runs of a module's tests that end without their report: drawing it takes longer than the run."""
+    from llava_keeplora.sequence import runner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "write_run_report", lambda root: None)
+        yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports with their plots as empty pictures, for tests of what else they hold."""
+    from shorter_runs import draw_nothing
+
+    draw_nothing(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def driven(shorter_runs):
     """Function (config) → its folder, run without the report."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +15,21 @@ def reload_here(folder: Path) -> None:
 
     with contextlib.chdir(folder):
         verify_worker.main()
+
+
+def draw_nothing(patch: Any) -> None:
+    """Write every plot of a report as a picture of one point; `patch` is pytest's `MonkeyPatch`."""
+    from importlib import import_module
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(buffer, "PNG")
+    files = {"png": buffer.getvalue(), "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}
+    for module in ("figures", "write_report"):
+        patch.setattr(
+            import_module(f"llava_keeplora.report.{module}"), "encode", lambda figure, kind: files[kind]
+        )
 
 
 def shorten_runs() -> None:

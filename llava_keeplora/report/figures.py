@@ -122,8 +122,9 @@ def encode(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {}  # no clock in the file
     figure.savefig(buffer, format=kind, dpi=DPI, facecolor=figure.get_facecolor(), metadata=metadata)
-    # The layout is computed once; the second file is drawn with the same one.
-    figure.set_layout_engine("none")
+    # The layout is computed once; the second file is drawn with the same one. The name "none" would leave an
+    # engine that does nothing, for which matplotlib goes through the whole drawing once more.
+    figure.set_layout_engine(None)
     return buffer.getvalue() if kind == "svg" else _with_few_colours(buffer)
 
 

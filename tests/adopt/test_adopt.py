@@ -93,6 +93,7 @@ def test_its_features_are_protected_from_then_on(run, peft_adapter, driven, tiny
     assert all(value is not None for row in matrix["rows"] for value in row)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_training_data_the_row_directions_of_its_update_are_protected(
     run, peft_adapter, driven, tiny_tasks, tmp_path
 ):
@@ -189,6 +190,7 @@ def test_an_adapter_of_a_killed_adoption_may_be_gone_but_not_changed(
     assert record(run, "keeplora")["source"] == "adapter"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_with_an_adopted_task_is_reported_examined_forked_extended_and_exported(
     run, peft_adapter, driven, tiny_tasks, tmp_path, monkeypatch
 ):

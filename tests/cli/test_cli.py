@@ -113,6 +113,7 @@ def test_list_names_everything(capfd):
     assert all(f" {words}\n" in out for words in needs), "what a method asks for stands below it"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_report_writes_a_finished_run_again(run_config, tmp_path, capfd, tiny_tasks, monkeypatch):
     from llava_keeplora.sequence import runner
 
@@ -124,6 +125,7 @@ def test_report_writes_a_finished_run_again(run_config, tmp_path, capfd, tiny_ta
     assert cli.main(["report", str(tmp_path)]) == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_in_bf16_goes_through(config_file, capfd, tmp_path, tiny_tasks):
     arguments = [
         "--config",

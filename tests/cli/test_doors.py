@@ -33,13 +33,10 @@ def numbers():
 
 
 @pytest.fixture(scope="module")
-def reference(run_config, tiny_tasks, tmp_path_factory):
+def reference(run_config, driven, tiny_tasks, tmp_path_factory):
     """The same run inside this process."""
-    from llava_keeplora.sequence import run
-
     folder = tmp_path_factory.mktemp("reference") / "run"
-    run(run_config(folder, methods={"keeplora": {}}, tasks=[str(p) for p in tiny_tasks[:2]]))
-    return folder
+    return driven(run_config(folder, methods={"keeplora": {}}, tasks=[str(p) for p in tiny_tasks[:2]]))
 
 
 @pytest.mark.slow

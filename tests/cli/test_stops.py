@@ -5,7 +5,6 @@ import sys
 import time
 
 from llava_keeplora.config import load_config
-from llava_keeplora.sequence import run
 
 
 def wait_for(path, text, process, start=0):
@@ -15,9 +14,11 @@ def wait_for(path, text, process, start=0):
         time.sleep(0.05)
 
 
-def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(config_file, start, launch, script, tmp_path):
+def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(
+    config_file, start, launch, driven, script, tmp_path
+):
     config = config_file()
-    run(load_config(str(config), [], output_dir=str(tmp_path / "undisturbed")))
+    driven(load_config(str(config), [], output_dir=str(tmp_path / "undisturbed")))
     command = [sys.executable, script, "--config", config, "--output-dir", tmp_path / "stopped"]
     journal = tmp_path / "stopped/keeplora/journal.jsonl"
     for number, code, moment in ((signal.SIGTERM, 143, "PREPARED"), (signal.SIGINT, 130, "TRAINED")):

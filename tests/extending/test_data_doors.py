@@ -180,6 +180,7 @@ def test_its_state_is_imported_where_both_are_installed_and_allowed(
     assert len(extended(into, str(copied / "corners.yaml")).tasks) == 3
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "role"), [("same_end.py", "metric"), ("listed.py", "reader")])
 def test_it_is_extended_with_the_same_sources_alone(copied, driven, file, role):

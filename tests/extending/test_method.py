@@ -106,6 +106,7 @@ def test_a_changed_source_is_refused_with_the_file_and_doctor_says_so(copied, dr
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_the_plug_in_a_run_is_reported_and_examined_and_the_rest_says_what_is_missing(
     copied, tiny_tasks
 ):
@@ -126,6 +127,7 @@ def test_without_the_plug_in_a_run_is_reported_and_examined_and_the_rest_says_wh
             refused()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_doctor_and_report_execute_nothing_of_it(copied):
     (copied / "quiet_lora.py").write_text("raise SystemExit('executed')\n")
     assert [line for line in examine_run(copied / "run") if isinstance(line, UserError)]

@@ -134,6 +134,7 @@ def test_a_run_that_the_release_began_ends_with_its_numbers(release, old, drive_
     assert_same_numbers(release / "run-clip", run, "keeplora")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("family", ["clip", pytest.param("llava", marks=pytest.mark.slow)])
 def test_the_release_s_run_is_whole_extends_and_reports(old, drive_quietly, family, capfd):
     run = old(family)

@@ -18,6 +18,7 @@ from llava_keeplora.sequence import run
 from llava_keeplora.subspace import project
 from llava_keeplora_recipes import load_recipe
 
+pytestmark = pytest.mark.usefixtures("without_reports")
 KeepLora = METHODS["keeplora"]
 
 

@@ -96,9 +96,20 @@ def data(kind, pictures):
     return load_turns(pictures, "with-images-only" if kind in WITH_IMAGES_ONLY else "mixed", turns)
 
 
-@pytest.fixture
-def family(folder):
+def load(folder):
     return load_model(ModelConfig(str(folder)), EvaluationConfig(max_new_tokens=6))
+
+
+@pytest.fixture(scope="module")
+def family(folder):
+    """The loaded model; shared, so don't change it."""
+    return load(folder)
+
+
+@pytest.fixture
+def own_family(folder):
+    """The same for a test that changes it."""
+    return load(folder)
 
 
 def processed(processor, example, **options):
@@ -160,11 +171,11 @@ def test_data_check_shows_the_ids_that_the_model_gets(family, data):
 
 
 @of_quick_kinds
-def test_the_contract_of_a_family_holds(family, data):
-    check_inputs(family, data)
-    check_layer_gradients(family, data)
-    check_predictions(family, data)
-    check_skeleton(family, data)
+def test_the_contract_of_a_family_holds(own_family, data):
+    check_inputs(own_family, data)
+    check_layer_gradients(own_family, data)
+    check_predictions(own_family, data)
+    check_skeleton(own_family, data)
 
 
 @of_quick_kinds
@@ -178,22 +189,22 @@ def test_the_first_of_a_batch_is_a_batch_of_the_first(family, data):
             torch.testing.assert_close(task(**first)["loss"], task(**own)["loss"], atol=1e-5, rtol=1e-5)
 
 
-def test_a_text_alone_gives_every_part_a_gradient(kind, family, pictures):
+def test_a_text_alone_gives_every_part_a_gradient(kind, own_family, pictures):
     if kind in WITH_IMAGES_ONLY:
         data = load_turns(pictures, "text", [([], "yes or no", "no")])
         with pytest.raises(EvalError, match="refuses a question with 0 images"):
-            family.inputs(data, Prepared(family, data))
+            own_family.inputs(data, Prepared(own_family, data))
         return
     data = load_turns(pictures, "text", [([], "yes or no", "no")])
     layers = [
         layer
-        for part in family.targets
-        for layer in family.linear_layers(part, family.targets[part]).values()
+        for part in own_family.targets
+        for layer in own_family.linear_layers(part, own_family.targets[part]).values()
     ]
     for layer in layers:
         layer.weight.requires_grad_(True)
-    task = family.task(data.recipe)
-    task(**family.inputs(data, Prepared(family, data)).collate([0]))["loss"].backward()
+    task = own_family.task(data.recipe)
+    task(**own_family.inputs(data, Prepared(own_family, data)).collate([0]))["loss"].backward()
     assert all(layer.weight.grad is not None for layer in layers)
 
 

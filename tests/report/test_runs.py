@@ -27,6 +27,7 @@ from llava_keeplora.report.run_report import (
 )
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
+from shorter_runs import draw_nothing
 
 TASKS = ["colours", "stripes", "corners"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -71,9 +72,11 @@ def one(seeds, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def several(seeds, other_rank, tmp_path_factory):
-    """The report of two seeds and another configuration."""
+    """The report of two seeds and another configuration, its plots not drawn."""
     folder = tmp_path_factory.mktemp("report-of-several")
-    return folder, write_run_report(*seeds, other_rank, into=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        return folder, write_run_report(*seeds, other_rank, into=folder)
 
 
 def trial(run: Path, label: str = "keeplora"):
@@ -100,7 +103,9 @@ def test_one_run_gets_every_image_as_png_and_svg_and_every_table(one):
     }
 
 
-def test_without_another_folder_the_report_of_a_run_lies_next_to_its_files(other_rank, tmp_path, capfd):
+def test_without_another_folder_the_report_of_a_run_lies_next_to_its_files(
+    other_rank, tmp_path, capfd, undrawn
+):
     copy = shutil.copytree(other_rank, tmp_path / "run")
     assert cli.main(["report", str(copy)]) == 0
     assert (copy / "report.html").is_file() and f"run folder: {copy}" in capfd.readouterr().out
@@ -319,7 +324,7 @@ def test_a_damaged_file_is_named_before_anything_is_made_of_it(name, other_rank,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_in_progress_is_reported_up_to_its_last_stage(other_rank, tmp_path):
+def test_a_run_in_progress_is_reported_up_to_its_last_stage(other_rank, tmp_path, undrawn):
     """The files as they are when the second task is being trained."""
     run = shutil.copytree(other_rank, tmp_path / "run")
     folder = run / "keeplora"
@@ -358,7 +363,7 @@ def test_several_runs_on_the_command_line_go_into_a_folder_or_are_refused(
     )
 
 
-def test_a_report_is_current_until_it_would_show_something_else(other_rank, tmp_path):
+def test_a_report_is_current_until_it_would_show_something_else(other_rank, tmp_path, undrawn):
     run = shutil.copytree(other_rank, tmp_path / "run")
     write_run_report(run)
     assert report_is_current(run)

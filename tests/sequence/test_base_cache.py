@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_keeplora.methods import METHODS
 from llava_keeplora.run_folder import Stage
-from llava_keeplora.sequence import stages
+from llava_keeplora.sequence import answers, stages
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora_recipes import load_recipe, load_split
@@ -28,20 +28,34 @@ def filled(run_config, driven, tmp_path_factory, tiny_tasks):
     return root / "cache"
 
 
-@pytest.fixture
-def computed(monkeypatch):
-    """What is computed of the untouched model, in order."""
+def watch_computed(patch):
+    """Return a list that gets what is computed of the untouched model, in order."""
     found = []
-    for name in ("predict", "_consolidate"):
-        real = getattr(stages, name)
+    for module, name in ((answers, "predict"), (stages, "_consolidate")):
+        real = getattr(module, name)
 
-        def watched(state, index, *more, real=real, name=name):
+        def watched(state, index, *more, real=real):
             if index == 0:
                 found.append((state.config.label, *(task.name for task in more[:1])))
             return real(state, index, *more)
 
-        monkeypatch.setattr(stages, name, watched)
+        patch.setattr(module, name, watched)
     return found
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """What is computed of the untouched model, in order."""
+    return watch_computed(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def alone(run_config, driven, tmp_path_factory, tiny_tasks):
+    """(A run without a cache with another seed on the two tasks the other way round, what it computed); shared."""
+    tasks = [str(path) for path in tiny_tasks[1::-1]]
+    with pytest.MonkeyPatch.context() as patch:
+        found = watch_computed(patch)
+        return driven(run_config(tmp_path_factory.mktemp("alone") / "run", seed=3, tasks=tasks)), found
 
 
 @pytest.fixture
@@ -54,19 +68,17 @@ def other(run_config, tiny_tasks, tmp_path):
 
 
 def test_another_seed_and_order_take_everything_over_and_end_bit_for_bit_as_without(
-    filled, other, drive, left_behind, computed, tmp_path
+    filled, other, alone, drive, left_behind, computed, tmp_path
 ):
-    drive(other("alone", None))
     nothing = {("zero-shot",), ("seq-lora",)}  # They have nothing to consolidate.
-    assert set(computed) == nothing | {("keeplora",), ("zero-shot", "colours"), ("zero-shot", "stripes")}
-    computed.clear()
+    assert set(alone[1]) == nothing | {("keeplora",), ("zero-shot", "colours"), ("zero-shot", "stripes")}
     drive(other("taking", filled))
     assert set(computed) == nothing
-    alone, taking = left_behind(tmp_path / "alone"), left_behind(tmp_path / "taking")
+    expected, taking = left_behind(alone[0]), left_behind(tmp_path / "taking")
     for entries in taking.values():
         for entry in entries if isinstance(entries, list) else ():
             entry["info"].pop("taken_seconds", None)
-    assert taking == alone
+    assert taking == expected
 
 
 @pytest.mark.parametrize("energy", [0.5, "auto"])
@@ -115,9 +127,8 @@ def test_the_journal_says_how_long_answers_took_the_run_that_made_them(filled, o
 
 
 def test_an_interrupted_run_takes_over_the_rest(
-    filled, other, stopped, drive, run_to_the_end, outcome, monkeypatch, tmp_path
+    filled, other, alone, stopped, run_to_the_end, outcome, monkeypatch, tmp_path
 ):
-    drive(other("alone", None))
     real, stops = stages.score_task, []
 
     def stop_once(state, index, task):
@@ -128,7 +139,7 @@ def test_an_interrupted_run_takes_over_the_rest(
 
     monkeypatch.setattr(stages, "score_task", stop_once)
     assert run_to_the_end(other("stopped", filled)) == 2
-    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "alone")
+    assert outcome(tmp_path / "stopped") == outcome(alone[0])
 
 
 @pytest.mark.parametrize("change", [{"model": {"dtype": "bfloat16"}}, {"data": {"holdout": 0.5}}])

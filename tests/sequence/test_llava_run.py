@@ -17,12 +17,8 @@ TASKS = ["task-01-questions", "task-02-captions", "task-03-corners"]
 
 
 @pytest.fixture(scope="module")
-def run(llava_config, tmp_path_factory) -> Path:
-    from llava_keeplora.sequence import runner
-
-    config = llava_config(tmp_path_factory.mktemp("llava") / "run")
-    runner.run(config)
-    return Path(config.output_dir)
+def run(llava_config, driven, tmp_path_factory) -> Path:
+    return driven(llava_config(tmp_path_factory.mktemp("llava") / "run"))
 
 
 def test_every_task_is_scored_after_each_one_with_its_own_metric(run):

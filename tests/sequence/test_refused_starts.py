@@ -7,6 +7,8 @@ from llava_keeplora.errors import ConfigError, RunError, UserError
 from llava_keeplora.saved_run import extended, load_run
 from llava_keeplora.sequence import run
 
+pytestmark = pytest.mark.usefixtures("without_reports")
+
 
 @pytest.fixture(scope="module")
 def finished(run_config, tiny_tasks, tmp_path_factory):
