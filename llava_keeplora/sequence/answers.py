@@ -10,7 +10,7 @@ from llava_keeplora.run_folder import PREDICTIONS, file_name
 from llava_keeplora.sequence.method_state import MethodState
 from llava_keeplora.start import Task
 from llava_keeplora_eval import predict_to_file
-from llava_keeplora_eval.predictions import join_shards
+from llava_keeplora_eval.predictions import join_shards, read_predictions
 from llava_keeplora_eval.predictors import Predictor
 
 
@@ -52,6 +52,14 @@ def predict_whole(
     if state.context.rank == 0:
         join_shards(path, task.test)
     state.context.barrier()
+
+
+def read_answers(state: MethodState, index: int, task: Task, folder: str) -> dict[str, str]:
+    """Return id → the answer to a recipe's examples after `index` tasks, from PREDICTIONS or WATCHED."""
+    place = state.path(index)
+    if index == 0:  # The first row with the same prompts has answered for all.
+        place = state.context.workspace.task(state.first_alike, 0, "base")
+    return read_predictions(place / folder / f"{file_name(task.name)}.jsonl", task.test)
 
 
 def task_predictor(state: MethodState, index: int, task: Task, tokens: int | None = None) -> Predictor:

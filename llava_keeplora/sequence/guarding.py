@@ -27,7 +27,7 @@ from llava_keeplora.run_folder import (
     file_name,
     read_record,
 )
-from llava_keeplora.sequence.answers import predict_whole
+from llava_keeplora.sequence.answers import predict_whole, read_answers
 from llava_keeplora.sequence.method_state import MethodState, Outcome
 from llava_keeplora.sequence.shrinking import cost_of_shrinking, search
 from llava_keeplora.start import Task
@@ -93,14 +93,6 @@ def _answer_watched(state: MethodState, index: int) -> list[Path]:
     return paths
 
 
-def _answers(state: MethodState, index: int, task: Task, folder: str) -> dict[str, str]:
-    """Return id → the answer to a recipe's examples after `index` tasks."""
-    place = state.path(index)
-    if index == 0:  # The first row with the same prompts has answered for all.
-        place = state.context.workspace.task(state.first_alike, 0, "base")
-    return read_predictions(place / folder / f"{file_name(task.name)}.jsonl", task.test)
-
-
 # --- the verdict ---------------------------------------------------------------------------------------
 
 
@@ -126,7 +118,7 @@ def _limits(state: MethodState, index: int) -> Iterator[Limit]:
     assert settings is not None, "the stage is of runs with a guard"
 
     def limit(of: str, task: Task, folder: str, least: float) -> Limit:
-        before, after = (_answers(state, stage, task, folder) for stage in (index - 1, index))
+        before, after = (read_answers(state, stage, task, folder) for stage in (index - 1, index))
         return Limit(of, task.test, before, after, least, noise.get(task.name))
 
     if (gain := settings.new_task.min_gain) is not None:
@@ -156,7 +148,7 @@ def _write_noise(state: MethodState, record: Path) -> list[Path]:
     batch, dtype = size // 2 if size > 1 else 2, _other_dtype(state)
     variants = {"batches": (batch, None), "precision": (size, dtype)}
     for task in _judged(state):
-        before = _answers(state, 0, task, WATCHED if task in context.watched else PREDICTIONS)
+        before = read_answers(state, 0, task, WATCHED if task in context.watched else PREDICTIONS)
         few = Task(task.recipe, task.train, chosen(task.test, NOISE_EXAMPLES))
         points, flipped = {}, []
         for name, variant in variants.items():

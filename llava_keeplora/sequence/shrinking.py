@@ -23,10 +23,11 @@ from llava_keeplora.run_folder import (
     TRAIN,
     TRIALS,
     UNSHRUNK,
+    WATCHED,
     file_name,
     read_record,
 )
-from llava_keeplora.sequence.answers import predict_whole
+from llava_keeplora.sequence.answers import predict_whole, read_answers
 from llava_keeplora.sequence.method_state import MethodState, Outcome
 from llava_keeplora.start import Task
 from llava_keeplora_eval.paired_scores import paired_change
@@ -45,7 +46,10 @@ def search(state: MethodState, index: int) -> tuple[dict[str, Any], list[Path]]:
     one, every other by a larger one.
     """
     limits, trials, paths = _limits(state, index), [], []
-    before, files = _answer(state, index, 0.0, limits)
+    before, files = _answer(state, index, 0.0, [limit for limit in limits if limit[0] != WATCH])
+    before |= {
+        task.name: read_answers(state, index - 1, task, WATCHED) for of, task, _ in limits if of == WATCH
+    }
     paths += files
     largest, low, high = 0.0, 0.0, 1.0
     for _ in range(HALVINGS):

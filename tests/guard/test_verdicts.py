@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_keeplora.config import load_config
 from llava_keeplora.guard import NEW, OLD, WATCH, Limit, exit_code, judge, run_record, verdict_lines
-from llava_keeplora.guard.text import change_lines
+from llava_keeplora.guard.text import change_lines, verdict_markdown
 from llava_keeplora.report.verdict import verdict_html
 from llava_keeplora_recipes import load_recipe, load_split
 
@@ -137,3 +137,34 @@ def test_text_of_a_model_is_no_markup_of_the_page(tmp_path, verdict):
 def test_the_pages_example_is_a_configuration():
     guard = load_config(Path(__file__).parents[2] / "docs/examples/guard.yaml").guard
     assert guard.on_failure == "rollback" and [entry.task for entry in guard.watch] == ["shapes", "glyphs"]
+
+
+def test_what_a_smaller_update_costs_is_in_every_form_of_the_verdict(verdict, tmp_path):
+    tried = [
+        {"of": WATCH, "task": "faq", "limit": -1.0, "change": -4.5},
+        {"of": NEW, "task": "shapes", "limit": 3.0, "change": 9.0},
+    ]
+    whole = [{"of": WATCH, "task": "faq", "outcome": "broken", "limit": -1.0, "change": -6.0}]
+    shrink = {
+        "lambda": 0.4375,
+        "trials": [
+            {"lambda": 0.5, "holds": False, "changes": tried},
+            {"lambda": 0.4375, "holds": True, "changes": []},
+        ],
+        "scores": {"whole": 83.0, "shrunk": 71.5},
+        "limits": whole,
+    }
+    kept = verdict | {"ship": True, "then": None, "shrink": shrink}
+    run = tmp_path / "guard.json"
+    run.write_text(json.dumps({"ship": True, "methods": {"row": [kept]}}))
+    for text in (
+        "\n".join(verdict_lines(kept)),
+        verdict_markdown(kept).replace("\\", ""),
+        verdict_html(tmp_path),
+    ):
+        assert "with 0.4375 of its update" in text
+        assert "scores 71.5 instead of 83.0; with the whole update: faq -6.0" in text
+        assert "0.5 broke (faq -4.5); 0.4375 held" in text
+    none = verdict | {"shrink": {"lambda": 0.0, "trials": []}}
+    assert "no smaller update holds every limit" in "\n".join(verdict_lines(none))
+    assert "rolled back" in verdict_lines(none)[0]

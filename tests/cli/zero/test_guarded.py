@@ -13,7 +13,7 @@ GUARD = {"old_tasks": {"max_drop": 0}, "confidence": 0.5, "on_failure": "shrink"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [None, "zero-2"])
+@pytest.mark.parametrize("stage", [None, "zero-2", "zero-3"])
 def test_a_guard_in_two_processes_gives_the_verdicts_of_one(
     stage, run_tree, written, driven, launch, script, tmp_path
 ):
