@@ -71,11 +71,14 @@ summary { cursor: pointer; margin: .75rem 0; }
 .changes .worse { border-color: #b42318; } .changes .better { border-color: #1a7f37; }
 .flips { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: .75rem; }
 .flips figure { display: flex; gap: .75rem; margin: 0; padding: .6rem; border: 1px solid var(--line);
-  border-radius: .4rem; overflow-wrap: anywhere; }
+  border-radius: .4rem; }
+.flips.wordy { grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
+.flips.wordy img { width: 8rem; } .flips figcaption { flex: 1; min-width: 0; overflow-wrap: break-word; }
 .flips img { width: 5rem; flex: none; align-self: flex-start; filter: none; }
-.flips dl { grid-template-columns: auto 1fr; gap: 0 .6rem; margin: 0; }
+.flips dl { grid-template-columns: max-content minmax(0, 1fr); gap: 0 .6rem; margin: 0; }
 .flips dt { margin: 0; } .verdict td:nth-child(2), .verdict th:nth-child(2) { text-align: left; }
-.flips .asked { margin: 0 0 .25rem; color: var(--ink); } .flips dd { color: var(--ink); }
+.flips .asked { margin: 0 0 .25rem; color: var(--ink); }
+.flips dd { color: var(--ink); max-height: 7.5em; overflow-y: auto; }
 .flips dd.after { color: #d1372a; }
 dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .25rem 1.25rem; }
 dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }

@@ -15,6 +15,8 @@ from llava_keeplora_eval.paired_bootstrap import Outcome
 
 #: Columns of the table of limits.
 COLUMNS = ("limit of", "verdict", "change", "interval", "accepted", "before → after", "noise", "examples")
+#: Longest answer of a small card, in characters.
+SHORT = 24
 
 
 def verdict_html(run: Path) -> str:
@@ -84,7 +86,13 @@ def _flips(record: Mapping[str, Any]) -> str:
     of = f"{shown} of the {worse}" if worse and worse > shown else str(shown)
     title = f"{record['task']}: {of} examples that got worse"
     cards = "".join(map(_card, record["flips"]))
-    return f'<h4>{escape(title)}</h4>\n<div class="flips">{cards}</div>\n'
+    kind = "flips wordy" if any(map(_is_wordy, record["flips"])) else "flips"
+    return f'<h4>{escape(title)}</h4>\n<div class="{kind}">{cards}</div>\n'
+
+
+def _is_wordy(flip: Mapping[str, Any]) -> bool:
+    """Return whether a card needs the room of a sentence."""
+    return bool(flip["question"]) or max(len(flip["before"]), len(flip["after"])) > SHORT
 
 
 def _card(flip: Mapping[str, Any]) -> str:

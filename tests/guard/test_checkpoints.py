@@ -11,12 +11,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from llava_keeplora.cli import main
 from llava_keeplora.guard.text import verdict_markdown
-from llava_keeplora_eval.models import resolve_model
+from llava_keeplora_eval.models import load_clip, resolve_model
 
 TINY = Path(resolve_model("tiny-clip"))
 
@@ -57,6 +59,23 @@ def other_model(source: Path, path: Path) -> Path:
     weights["text_projection.weight"] *= -1
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     return path
+
+
+def test_an_adapter_is_judged_like_the_checkpoint_that_it_makes(tiny_clip, watched, tmp_path):
+    model, processor = load_clip(str(tiny_clip))
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(tiny_clip, tmp_path / "merged")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for tuned in ("adapter", "merged"):
+        judged(tmp_path / f"of-{tuned}", tiny_clip, tmp_path / tuned, watched)
+    judged(tmp_path / "of-itself", tmp_path / "adapter", tmp_path / "adapter", watched)
+    records = [json.loads((tmp_path / f"of-{name}/guard.json").read_text()) for name in ("adapter", "merged")]
+    assert records[0]["limits"] == records[1]["limits"] and records[0]["limits"][0]["worse"]
+    same = json.loads((tmp_path / "of-itself/guard.json").read_text())["limits"][0]
+    assert same["change"] == 0 and same["after"] == records[0]["limits"][0]["after"]
 
 
 def test_a_recipe_that_is_gone_is_code_2_and_one_sentence(tiny_clip, tmp_path, capsys, monkeypatch):

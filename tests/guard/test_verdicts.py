@@ -131,7 +131,7 @@ def test_text_of_a_model_is_no_markup_of_the_page(tmp_path, verdict):
     (tmp_path / "guard.json").write_text(json.dumps(record))
     page = verdict_html(tmp_path)
     assert not re.search(r"<(x|t|m|u|s|b)>", page) and "&lt;i&gt;?" in page and "<i>nothing</i>" in page
-    assert "&lt;u&gt;_ / 2 / 3</dd>" in page
+    assert "&lt;u&gt;_ / 2 / 3</dd>" in page and '<div class="flips wordy">' in page
 
 
 def test_the_pages_example_is_a_configuration():
