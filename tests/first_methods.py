@@ -1,4 +1,7 @@
-"""The methods of the real tables; the later ones have no row there yet, but in every published benchmark."""
+"""The methods of `table-real` and `table-real-llava`, which stay as they were printed.
+
+Later ones are rows of `table-learned` and of every published benchmark.
+"""
 
 from llava_keeplora.methods import METHODS
 

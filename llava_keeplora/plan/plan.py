@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_keeplora.config import RunConfig, deepspeed_config
-from llava_keeplora.errors import ConfigError
+from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.methods import Layer, Method
 from llava_keeplora.methods.layers import unsure_layers
 from llava_keeplora.methods.shares import most_read
@@ -284,8 +284,9 @@ class _Scenarios:
         """Return whether a stage fits under some changes."""
         try:
             return self.at(changes)[label].peak(stage).device <= self.machine.available
-        except ConfigError:
-            # Statistics that are too small for a sketch, or settings that exclude each other.
+        except (ConfigError, MethodError):
+            # Statistics that are too small for a sketch, settings that exclude each other, or a method that
+            # takes no quantised layers.
             if not changes:
                 raise
             return False

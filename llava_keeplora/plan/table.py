@@ -15,7 +15,7 @@ def describe(plan: Plan) -> str:
     """Format a plan as plain-text tables.
 
     The first has the memory of every stage with a verdict, the second parameters and disk space, the third
-    the steps.
+    the steps, in one column for methods that take the same.
     """
     lines = [
         f"planned for {plan.machine}, {plan.machine.available / GB:.1f} GB of it for the run; "
@@ -65,11 +65,20 @@ def describe(plan: Plan) -> str:
             [method.label, f"{method.trainable:,}", f"{method.stored:,}", *mb, f"{sum(method.steps):,}"]
         )
     lines += [*_aligned(rows), ""]
-    rows = [["task", "examples", *(f"steps of {method.label}" for method in plan.methods)]]
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for method in plan.methods:
+        alike.setdefault(method.steps, []).append(method.label)
+    rows = [["task", "examples", *map(_steps_title, alike.values())]]
     for i, (task, examples) in enumerate(zip(plan.tasks, plan.examples, strict=True)):
         mark = " (assumed)" * (task in plan.assumed)
-        rows.append([task, f"{examples:,}{mark}", *(f"{method.steps[i]:,}" for method in plan.methods)])
+        rows.append([task, f"{examples:,}{mark}", *(f"{steps[i]:,}" for steps in alike)])
     return "\n".join([*lines, *_aligned(rows)]) + "\n"
+
+
+def _steps_title(labels: list[str]) -> str:
+    """Return the title of the column of methods that take the same steps."""
+    others = f" and {len(labels) - 1} more" if len(labels) > 2 else ""
+    return f"steps of {', '.join(labels[: 1 if others else 2])}{others}"
 
 
 def refusal(plan: Plan) -> tuple[str, str] | None:

@@ -188,7 +188,7 @@ def draw_line(axes, points: Points, name: str, position: int, level: bool = Fals
         points: the values.
         name: its name in the legend.
         position: the method's, which decides the colour; see `style`.
-        level: whether it is a bound, which is drawn dash-dotted and without points.
+        level: whether it is a bound, which is drawn dash-dotted and without points, but for a single one.
     """
     xs = [x for x, _ in points]
     means = np.array([mean(values) for _, values in points])
@@ -197,7 +197,7 @@ def draw_line(axes, points: Points, name: str, position: int, level: bool = Fals
         means,
         label=name,
         marker="o",
-        markersize=3 if len(xs) < 40 and not level else 0,
+        markersize=3 if len(xs) == 1 or len(xs) < 40 and not level else 0,
         linewidth=1.2 if level else 1.6,
         **style(position) | ({"linestyle": BOUND_LINE} if level else {}),
     )

@@ -8,9 +8,10 @@ import yaml
 
 from llava_keeplora.config import load_config, read_config, with_settings
 from llava_keeplora.methods import METHODS
+from llava_keeplora.plan import describe, make_plan
 from llava_keeplora.reproduce import VERDICTS
 from llava_keeplora_eval import Matrix
-from llava_keeplora_recipes import load_sequence
+from llava_keeplora_recipes import load_recipes, load_sequence
 
 #: Rows with more parameters than a random CLIP of width 32 has room for.
 WIDE = ("seq-lora-nusa", "inflora-nusa", "nusa-cl", "merge-condu")
@@ -63,6 +64,23 @@ def three_classes(recipes: dict[str, Path], name: str) -> list[str]:
     """The sequence of a configuration with the recipes for three classes each in the place of the shipped ones."""
     paths = [str(recipes[task]) for task in load_sequence(name).tasks]
     return ["sequence=null", f"tasks={json.dumps(paths)}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mtil-order1", "mtil-order2", "ucit", "mllm-dcl", "coin", "mllm-acl"])
+def test_a_benchmark_is_planned_without_its_data(name, long_clip, tiny_llava):
+    clip = name.startswith("mtil")
+    settings = shorter(name) if clip else narrower(name)
+    base = f"model.name_or_path={long_clip if clip else tiny_llava}"
+    # The released statistics of CLIP average batches in their order, in one process.
+    plan = make_plan(load_config(name, [base, *settings]), 1 if clip else 8, 80.0)
+    rows = load_config(name).methods
+    unplanned = {"zscl", "moe-adapters", "iap", "inflora"}
+    assert set(plan.left_out) == {label for label, row in rows.items() if row.method in unplanned}
+    assert {method.label for method in plan.methods} == set(rows) - set(plan.left_out)
+    published = {r.name for r in load_recipes(plan.tasks) if {"train", "test"} <= set(r.expected_sizes)}
+    assert set(plan.assumed) == set(plan.tasks) - published and plan.tasks == tuple(load_sequence(name).tasks)
+    assert describe(plan).count(" more") <= 3
 
 
 #: A row of every method, and KeepLoRA's released one.

@@ -7,7 +7,7 @@ import yaml
 
 from llava_keeplora import cli
 from llava_keeplora.config import parse_config
-from llava_keeplora.errors import ConfigError
+from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import changes_text, check_start, make_plan, refusal
 from llava_keeplora.plan.machine import CONTEXT, _least, changed_layers
@@ -241,6 +241,19 @@ def test_a_run_that_does_not_fit_ends_with_code_2_after_its_table(smaller_file, 
     assert cli.main(["plan", "--config", smaller_file, "--gpus", "1", "--gpu-memory", "0.6"]) == 2
     out, err = capfd.readouterr()
     assert "does not fit" in out and "stages do not fit 1 GPU of 0.6 GB, most of all" in err
+
+
+def test_a_change_that_a_row_refuses_is_not_proposed(monkeypatch):
+    from llava_keeplora.plan.plan import _Scenarios
+
+    def quantised(self, changes):
+        raise MethodError("OSF trains parts of the weights themselves", "leave the base unquantised")
+
+    monkeypatch.setattr(_Scenarios, "at", quantised)
+    scenarios = _Scenarios.__new__(_Scenarios)
+    assert not scenarios.fits({"model.quantization": "nf4"}, "seq-lora", "train")
+    with pytest.raises(MethodError, match="unquantised"):
+        scenarios.fits({}, "seq-lora", "train")
 
 
 def test_the_size_of_absent_data_is_assumed_and_the_plan_says_so(run_tree, tiny_tasks, tmp_path, capfd):

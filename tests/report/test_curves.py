@@ -104,3 +104,12 @@ def test_means_over_seeds_say_nothing_where_a_seed_is_missing():
     assert mean_lines([{"text": {"l": [0.0, 1.0], "only": [1.0]}}, {"text": {"l": [1.0]}}]) == {
         "text": {"l": [0.5]}
     }
+
+
+def test_a_single_logged_loss_of_a_bound_is_a_point_and_its_scores_stay_a_line():
+    bound = Matrix(["a", "b"], [10.0, 20.0], [[None, None], [50.0, 60.0]])
+    trials = {"joint": [Trial(bound, losses={"b": [(10, 2.0)]})]}
+    (point,) = draw_losses(trials, LIGHT).axes[1].lines
+    assert point.get_markersize() == 3 and list(point.get_ydata()) == [2.0]
+    level = draw_curves(trials, LIGHT).axes[0].lines[0]
+    assert level.get_markersize() == 0 and set(level.get_ydata()) == {50.0}

@@ -71,7 +71,9 @@ def trees(run_tree, llava_tree, small_vlm, tmp_path_factory):
     return {
         **{kind: partial(of_encoders, kind) for kind in KINDS},
         **{kind: partial(of_chat, kind) for kind in SMALL_VLMS},
-        "clip": lambda **changes: run_tree("unset", methods={"keeplora": {}}, training=STEADY, **changes),
+        "clip": lambda **changes: run_tree(
+            "unset", **{"methods": {"keeplora": {}}, "training": STEADY} | changes
+        ),
         "llava": lambda **changes: llava_tree(
             "unset", training=STEADY, parts={"connector": {"learning_rate": None}}, **changes
         ),
