@@ -65,6 +65,11 @@ def describe(plan: Plan) -> str:
             [method.label, f"{method.trainable:,}", f"{method.stored:,}", *mb, f"{sum(method.steps):,}"]
         )
     lines += [*_aligned(rows), ""]
+    return "\n".join([*lines, *_aligned(_step_rows(plan))]) + "\n"
+
+
+def _step_rows(plan: Plan) -> list[list[str]]:
+    """Return the table of the tasks' examples and steps, in one column for methods that take the same."""
     alike: dict[tuple[int, ...], list[str]] = {}
     for method in plan.methods:
         alike.setdefault(method.steps, []).append(method.label)
@@ -72,7 +77,7 @@ def describe(plan: Plan) -> str:
     for i, (task, examples) in enumerate(zip(plan.tasks, plan.examples, strict=True)):
         mark = " (assumed)" * (task in plan.assumed)
         rows.append([task, f"{examples:,}{mark}", *(f"{steps[i]:,}" for steps in alike)])
-    return "\n".join([*lines, *_aligned(rows)]) + "\n"
+    return rows
 
 
 def _steps_title(labels: list[str]) -> str:
