@@ -48,7 +48,7 @@ def check_sources(state: MethodState) -> None:
             if (index - 1, Stage.CLOSED) in {(entry.task, entry.stage) for entry in state.journal.entries}:
                 state.load_method(index - 1, index)
                 _project(state, index, given)
-        elif Stage.TRAINED not in done:
+        elif not done & {Stage.TRAINED, Stage.SHRUNK}:
             recorded = read_record(state.path(index, PREPARED))["report"]["adopted"]
             check_unchanged(str(state.source(index)), recorded, state.name(index), state.folder)
 

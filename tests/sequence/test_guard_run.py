@@ -22,6 +22,8 @@ from llava_keeplora.guard import exit_code
 from llava_keeplora.guard.text import shrink_lines
 from llava_keeplora.journal import Entry, Journal, shrunk
 from llava_keeplora.planned_recipes import planned_tasks
+from llava_keeplora.report.resources import read_needs
+from llava_keeplora.report.run_report import read_costs, write_run_report
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.saved_run import extended, load_run
 from llava_keeplora.sequence import guarding, shrinking
@@ -264,6 +266,13 @@ def test_an_update_that_breaks_a_limit_gets_smaller_and_nothing_later_knows_the_
     state = [(place / "state.safetensors").read_bytes() for place in (task / "unshrunk", task)]
     assert state[0] != state[1] and (label / "task-03-corners/guard.json").is_file()
     assert not [found for found in examine_run(folder) if isinstance(found, Exception)]
+    write_run_report(folder)
+    page = (folder / "report.html").read_text()
+    assert "(with 0.9375 of its update)" in page and "what that costs: stripes scores" in page
+    # What the training of the whole update took is counted once, and so is the smaller one's file.
+    needs = read_needs(label)
+    assert needs.training_passes == 1 and needs.inputs is not None
+    assert read_costs(label)[Stage.TRAINED].seconds > 0
     # The held-out examples are in nobody's training.
     plan = json.loads((label / "journal.jsonl").read_text().splitlines()[0])["info"]["tasks"]
     assert all(t["train"]["n"] + t["held_out"]["n"] == 24 for t in plan)
