@@ -273,3 +273,22 @@ def test_the_verdict_in_a_trainer_is_that_of_the_command(tmp_path):
     expected, found = compare_checkpoints(given, ["glyphs"]), callback.verdict
     assert found["limits"][0]["change"] < 0 and found["limits"] == expected["limits"]
     assert found["ship"] == expected["ship"]
+
+
+def judge_in_a_group(rank: int, folder: str) -> None:
+    """One of two processes of a training that is judged."""
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    with pytest.raises(GuardError):
+        trained(f"{folder}/two", "digits", {"glyphs": 7}, {"glyphs": 200})
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_answer_their_shares_and_come_to_the_verdict_of_one(tmp_path):
+    torch.multiprocessing.spawn(judge_in_a_group, (str(tmp_path),), nprocs=2)
+    with pytest.raises(GuardError):
+        trained(tmp_path / "one", "digits", {"glyphs": 7}, {"glyphs": 200})
+    one, two = (json.loads((tmp_path / name / "guard.json").read_text()) for name in ("one", "two"))
+    assert one == two and not one["ship"]
+    assert not list((tmp_path / "two").rglob("*.shard-*"))
