@@ -87,9 +87,12 @@ class Individual(Method):
             setattr(self, name, getattr(self.inner, name))
 
     def subspace_plan(self) -> SubspacePlan | None:
-        """Return the method's own, without the features of finished tasks."""
+        """Return the method's own, without the features of finished tasks.
+
+        Sketches are not proposed for it, as `gradient` is no setting of this row, but one under `settings`.
+        """
         plan = self.inner.subspace_plan()
-        return plan and replace(plan, protects_features=False)
+        return plan and replace(plan, protects_features=False, may_sketch=False)
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Return the adapters of the method's first task."""

@@ -197,7 +197,7 @@ def draw_line(axes, points: Points, name: str, position: int, level: bool = Fals
         means,
         label=name,
         marker="o",
-        markersize=3 if len(xs) == 1 or len(xs) < 40 and not level else 0,
+        markersize=3 if len(xs) == 1 or (len(xs) < 40 and not level) else 0,
         linewidth=1.2 if level else 1.6,
         **style(position) | ({"linestyle": BOUND_LINE} if level else {}),
     )

@@ -99,6 +99,13 @@ def test_a_method_of_which_no_task_stands_alone_and_unknown_settings_are_refused
         METHODS["individual"].Options(**options)
 
 
+def test_a_plan_proposes_no_setting_that_the_row_does_not_have():
+    cls = METHODS["individual"]
+    options = METHODS_RUN["protected"]
+    row = cls(cls.Options(of=options["of"], settings=options["settings"]))
+    assert row.inner.subspace_plan().may_sketch and not row.subspace_plan().may_sketch
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("of", ["keeplora", "splitlora", "nusa-cl", "o-lora"])
 def test_individual_of_another_method_keeps_the_contract(run_tree, tiny_tasks, tmp_path, of):
