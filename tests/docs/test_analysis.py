@@ -31,6 +31,7 @@ def folder(run_config, tiny_tasks, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_command_runs_and_writes_the_files_that_are_listed(folder, capfd):
     commands = [
         shlex.split(line)

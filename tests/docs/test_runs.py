@@ -27,6 +27,7 @@ def folder(run_config, tiny_tasks, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_command_runs(folder, capfd):
     commands = [
         line

@@ -121,6 +121,7 @@ def faults(run: Path) -> list[str]:
     return [str(line) for line in examine_run(run) if isinstance(line, UserError)]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_score_is_the_metric_on_what_the_reader_read_and_the_report_shows_it(home, finished):
     folders = sorted(finished.glob(f"{LABEL}/task-0[12]*"))
     assert len(folders) == 2

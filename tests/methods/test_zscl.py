@@ -289,6 +289,7 @@ def beside(tmp_path_factory, run_config, driven, tiny_tasks, reference):
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_analysis_measures_the_linear_layers_of_the_encoders_and_the_report_draws_the_rest(
     beside, tmp_path
 ):
