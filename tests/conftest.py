@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 # Before anything imports torch or the Hub's libraries: one thread, no network, a cache of our own.
+# Little of what is imported and collected is garbage, and visiting it all again and again takes a fifth of the time.
+gc.disable()
 CACHE = tempfile.mkdtemp(prefix="llava-keeplora-tests-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,6 +37,7 @@ COUNTS = {"train": 6, "test": 2}
 
 def pytest_configure(config) -> None:
     if getattr(config.option, "numprocesses", None):
+        gc.enable()
         return  # The workers run the tests; this process runs none and needs no library.
     import torch
 
@@ -42,6 +45,12 @@ def pytest_configure(config) -> None:
 
     import_bitsandbytes()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_finish(session) -> None:
+    # What is there now stays: a Trainer collects garbage at its start, which is ten times quicker without it.
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure(config) -> None:

@@ -5,6 +5,8 @@
 import gc
 from contextlib import suppress
 
+gc.disable()  # Little of what is imported is garbage.
+
 from llava_keeplora.bitsandbytes_import import import_bitsandbytes
 
 import_bitsandbytes()
@@ -30,3 +32,4 @@ shorten_runs()
 verify.verify_in_fresh_process = reload_here
 # A collection in a forked process would touch, and so copy, every object that the server holds.
 gc.freeze()
+gc.enable()
