@@ -53,7 +53,7 @@ def state_of(model):
         for i, layer in enumerate(layers):
             block, attention = f"{prefix}.resblocks.{i}", layer.self_attn
             for kind in ("weight", "bias"):
-                stacked = [getattr(attention, f"{name}_proj") for name in "qkv"]
+                stacked = [attention.q_proj, attention.k_proj, attention.v_proj]
                 state[f"{block}.attn.in_proj_{kind}"] = torch.cat([getattr(m, kind) for m in stacked])
             norms |= {
                 f"{block}.attn.out_proj": attention.out_proj,

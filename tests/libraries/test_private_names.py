@@ -27,7 +27,7 @@ FOLDERS = {
 PRIVATE = re.compile(r"_[A-Za-z]\w*")
 LISTED = {part for entry in PRIVATE_NAMES for part in entry.name.split(".")}
 #: Documented in spite of the underscore: Python's own, and the path by which NumPy's pickles name their reader.
-DOCUMENTED = {"_exit", "_reconstruct", "_codecs"}
+DOCUMENTED = {"_exit", "_reconstruct", "_codecs", "_replace"}
 #: Left on a class by the library itself.
 MADE_BY_LIBRARY = {"_backward_cls"}
 
