@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from llava_keeplora.config import ModelConfig, RunConfig, deepspeed_config, finish_config, read_config
-from llava_keeplora.distributed import main_process_first
+from llava_keeplora.distributed import all_gather_object, main_process_first
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import GivenModel, open_model
 from llava_keeplora.objects import (
@@ -166,7 +166,8 @@ class Run:
         arguments = {key: value for key, value in given.items() if value is not None}
         with processes(self.config) as self.is_main_process:
             with main_process_first():
-                self.config = put_back(self.config, task, arguments)
+                config = put_back(self.config, task, arguments) if self.is_main_process else None
+            self.config = all_gather_object(config)[0]
             return RunMatrix(run(self.config, self.objects))
 
     def adopt(self, source: str | Path, task: str, dataset: Any = None) -> RunMatrix:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 from llava_keeplora.config import ZERO_SHOT, RunConfig
-from llava_keeplora.distributed import is_main_process
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import translate_errors
 from llava_keeplora.journal import Entry, Journal, retried, rolled_back
@@ -20,8 +18,8 @@ from llava_keeplora.sequence.workspace import Workspace
 def put_back(config: RunConfig, name: str, arguments: Mapping[str, float] | None = None) -> RunConfig:
     """Move a task that was rolled back to the end of its run, and return the run's configuration.
 
-    Its journals and its configuration are rewritten in the main process. Nothing changes if a killed start
-    has done so and the task is being learned.
+    Its journals and its configuration are rewritten, so that one process alone may call this. Nothing changes
+    if a killed start has done so and the task is being learned.
 
     Args:
         config: the run's.
@@ -38,31 +36,34 @@ def put_back(config: RunConfig, name: str, arguments: Mapping[str, float] | None
             "name one that was rolled back with --retry, or a new one with --task",
         )
     place, journals = names.index(name), {}
-    with translate_errors(workspace.root), workspace.locked() if is_main_process() else nullcontext():
+    at_end = place == len(names) - 1
+    with translate_errors(workspace.root), workspace.locked():
         for label in (ZERO_SHOT, *config.methods):
             journals[label] = Journal(workspace.label(label) / JOURNAL)
-        learned = [label for label in config.methods if name not in _gone(journals[label])]
+        learned = [label for label in config.methods if not _is_gone(journals[label], name, at_end)]
         if learned:
             raise RunError(
                 f"'{learned[0]}' has not rolled '{name}' back",
                 "fork the run before that task, to learn it otherwise",
             )
         pending = [label for label, journal in journals.items() if _is_pending(journal, name)]
-        if not pending and place == len(names) - 1:
+        if not pending and at_end:
             return followed_by(config, config.tasks[place], arguments)  # A killed start goes on.
         kept = [other for other in range(len(names)) if other != place]
         config = config.of_tasks(kept).followed_by(config.tasks[place], arguments, config.source(place + 1))
-        if is_main_process():
-            Workspace(config).write()
-            for label in pending:
-                move_aside(workspace.label(label), journals[label])
-                journals[label].append(Entry(0, Stage.RETRIED, info={RETRIED: name}))
+        Workspace(config).write()
+        for label in pending:
+            move_aside(workspace.label(label), journals[label])
+            journals[label].append(Entry(0, Stage.RETRIED, info={RETRIED: name}))
     return config
 
 
-def _gone(journal: Journal) -> list[str]:
-    """Return the tasks that a method has rolled back, those that come once more included."""
-    return [*rolled_back(journal.entries), *retried(journal.entries)]
+def _is_gone(journal: Journal, name: str, at_end: bool) -> bool:
+    """Return whether a method has rolled a task back, or a start has put it back as the run's last one.
+
+    A task that was put back and is not the last one any more has been learned since.
+    """
+    return name in rolled_back(journal.entries) or (at_end and name in retried(journal.entries))
 
 
 def _is_pending(journal: Journal, name: str) -> bool:

@@ -1,10 +1,13 @@
 """A run with a guard: every task is judged, and one that breaks a limit is taken back without a trace."""
 
 import dataclasses
+import importlib
 import json
 import os
+import pickle
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,13 +23,13 @@ from llava_keeplora.export import export_run
 from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.guard import exit_code
 from llava_keeplora.guard.text import shrink_lines
-from llava_keeplora.journal import Entry, Journal, shrunk
+from llava_keeplora.journal import Entry, Journal, rolled_back, shrunk
 from llava_keeplora.planned_recipes import planned_tasks
 from llava_keeplora.report.resources import read_needs
 from llava_keeplora.report.run_report import read_costs, write_run_report
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.saved_run import extended, load_run
-from llava_keeplora.sequence import guarding, shrinking
+from llava_keeplora.sequence import guarding, shrinking, workspace
 from llava_keeplora.sequence.fork import fork
 from llava_keeplora.sequence.retry import put_back
 from llava_keeplora.sequence.workspace import Workspace
@@ -421,3 +424,41 @@ def test_a_kill_while_a_task_is_put_back_is_made_good_by_the_same_command(guarde
         put_back(load_run(folder), "colours")
     with pytest.raises(RunError, match="has no task 'pets'"):
         put_back(load_run(folder), "pets")
+    # Learned since, as another task has followed: its place stays.
+    Workspace(load_run(folder).followed_by("digits", {"learning_rate": 0.01})).write()
+    with pytest.raises(RunError, match="'keeplora' has not rolled 'stripes' back"):
+        put_back(load_run(folder), "stripes")
+    assert (folder / "keeplora/journal.jsonl").read_text() == (whole / "keeplora/journal.jsonl").read_text()
+
+
+def test_a_single_task_is_put_back_and_a_kill_between_the_files_of_the_configuration_is_made_good(
+    guarded, monkeypatch, tmp_path
+):
+    folder = tmp_path / "run"
+    Workspace(guarded(folder, [1], on_failure="rollback")).claim()
+    gone = {"task": "stripes", "folder": "task-01-stripes", "aside": "aside/01-stripes"}
+    journal = Journal(folder / "keeplora/journal.jsonl")
+    journal.append(Entry(0, Stage.PLANNED, info={"tasks": [{"task": "stripes"}]}))
+    journal.append(Entry(1, Stage.ROLLED_BACK, info={"rolled_back": gone}))
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "dump_config", lambda config: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            put_back(load_run(folder), "stripes", {"learning_rate": 0.02})
+    config = put_back(load_run(folder), "stripes", {"learning_rate": 0.02})
+    assert config.training["learning_rate"] == [0.02] and Workspace(load_run(folder)).check() is None
+    assert not rolled_back(Journal(folder / "keeplora/journal.jsonl").entries)
+
+
+def test_the_main_process_puts_a_task_back_and_the_others_take_its_configuration(
+    guarded, monkeypatch, tmp_path
+):
+    """Another process would find the journals that the main one has rewritten."""
+    config, module = guarded(tmp_path / "run", [0, 1]), importlib.import_module("llava_keeplora.run")
+    monkeypatch.setattr(module, "processes", lambda config: nullcontext(False))
+    monkeypatch.setattr(
+        module, "all_gather_object", lambda value: [pickle.loads(pickle.dumps(config)), value]
+    )
+    monkeypatch.setattr(module, "run", lambda config, objects: {})
+    run = module.Run(config)
+    run.retry("stripes")
+    assert run.config == config
