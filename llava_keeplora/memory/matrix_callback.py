@@ -85,15 +85,15 @@ class MatrixCallback(TrainerCallback):
             raise ConfigError(f"the label '{label}' is no name of a folder", "use letters, digits and dashes")
         self.folder, self.scores, self.after, self.label = Path(folder), dict(scores), after, label
         self._data = load_recipes(scores, data_root)
-        if predictor is None and (guard or self._data):
+        if predictor is None and (guard is not None or self._data):
             raise ConfigError(
-                f"{'a guard' if guard else 'a recipe'} needs something that answers with the model",
+                f"{'a recipe' if guard is None else 'a guard'} needs something that answers with the model",
                 "give `predictor`, a function of the model and a recipe",
             )
         place = self.folder / label / task_folder(list(scores).index(after) + 1, after)
         self._answers = RecipeAnswers(place, predictor, batch_size)
         tasks = {task: self._data.get(task) for task in scores}
-        self._guard = guard and TrainingGuard(guard, tasks, after, self._answers, data_root)
+        self._guard = None if guard is None else TrainingGuard(guard, tasks, after, self._answers, data_root)
         self._read()  # Refuses a matrix of other tasks before the training.
 
     @property
@@ -177,6 +177,8 @@ class MatrixCallback(TrainerCallback):
         verdicts = run_record(self.folder, list(matrices), tasks)
         if verdicts["methods"]:
             write_json(self.folder / GUARD, verdicts)
+        else:  # The last one was of a training that this one without a guard has replaced.
+            (self.folder / GUARD).unlink(missing_ok=True)
         results = {
             label: [Trial(matrix, watched=read_watched(self.folder / label, tasks))]
             for label, matrix in matrices.items()

@@ -152,6 +152,7 @@ class TrainingGuard:
         """
         for _, data, _ in self._judged(learned):
             self.answers.recorded(data, BEFORE)
+            self.answers.recorded(data, NOISE)
 
     def judge(self, model: nn.Module, learned: Sequence[str]) -> dict[str, Any]:
         """Answer with the model after the training, and return and write the verdict."""
@@ -165,6 +166,7 @@ class TrainingGuard:
         if is_main_process():
             write_json(self.answers.folder / GUARD, verdict)
             log.log(logging.INFO if verdict["ship"] else logging.WARNING, "\n".join(verdict_lines(verdict)))
+        all_gather_object(None)  # Every process may read the verdict's file.
         return verdict
 
     def _judged(self, learned: Sequence[str]) -> Iterator[tuple[str, TaskData, float]]:
@@ -172,12 +174,12 @@ class TrainingGuard:
         settings = self.settings
         if (gain := settings.new_task.min_gain) is not None:
             yield NEW, self.tasks[self.after], gain
-        if (drop := settings.old_tasks.max_drop) is not None:
+        if (least := settings.old_tasks.least) is not None:
             for task in learned:
-                yield OLD, self.tasks[task], -drop
-        if (drop := settings.watch_tasks.max_drop) is not None:
+                yield OLD, self.tasks[task], least
+        if (least := settings.watch_tasks.least) is not None:
             for data in self.watched:
-                yield WATCH, data, -drop
+                yield WATCH, data, least
 
 
 def _with_examples(

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -164,9 +165,9 @@ RECIPES = {"shapes": "shapes", "digits": "digits"}
 GUARD = {"watch": [{"task": "glyphs", "examples": 100}], "watch_tasks": {"max_drop": 5.0}}
 
 
-def trained(folder, after, before, learned, guard=None, scores=RECIPES, step=0):
+def trained(folder, after, before, learned, guard=GUARD, scores=RECIPES, step=0):
     """Run a callback around a training that makes the model forget as many examples as it says."""
-    callback = MatrixCallback(folder, scores, after, guard=guard or GUARD, predictor=Reader, batch_size=200)
+    callback = MatrixCallback(folder, scores, after, guard=guard, predictor=Reader, batch_size=200)
     model = make_text_model()
     model.forgotten = before
     callback.on_train_begin(None, State(step), None, model=model)
@@ -204,6 +205,14 @@ def test_a_broken_limit_stops_after_the_report_or_warns(tmp_path, caplog):
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_training_without_a_guard_leaves_no_verdict_on_the_one_that_it_replaces(tmp_path):
+    with pytest.raises(GuardError):
+        trained(tmp_path, "digits", {}, {"glyphs": 200})
+    assert trained(tmp_path, "digits", {}, {}, guard=None).verdict is None
+    assert exit_code(tmp_path) == 0 and "don't ship" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_training_that_goes_on_is_judged_by_its_answers_from_before_or_refused(tmp_path):
     with pytest.raises(RunError, match="0 of 100 answers to glyphs from before.*begin the training anew"):
         trained(tmp_path, "digits", {}, {}, step=2)
@@ -213,6 +222,9 @@ def test_a_training_that_goes_on_is_judged_by_its_answers_from_before_or_refused
     begun.on_train_begin(None, State(0), None, model=model)
     with pytest.raises(GuardError, match="digits: don't ship"):
         trained(tmp_path, "digits", {"glyphs": 200}, {"glyphs": 200}, step=2)
+    shutil.rmtree(begun._answers.folder / "noise")
+    with pytest.raises(RunError, match="0 of 100 answers to glyphs"):
+        begun.on_train_begin(None, State(2), None, model=model)
 
 
 def test_a_guard_that_cannot_be_evaluated_is_refused_before_the_training(tmp_path):
@@ -227,6 +239,8 @@ def test_a_guard_that_cannot_be_evaluated_is_refused_before_the_training(tmp_pat
     refused("'digits' is scored or watched twice", watch=["digits"])
     refused("limit for 'digits'", {"shapes": "shapes", "digits": len}, old_tasks={"max_drop": 1.0})
     refused("limit for 'shapes'", {"shapes": len}, new_task={"min_gain": 1.0})
+    with pytest.raises(ConfigError, match="no limit"):
+        MatrixCallback(tmp_path, RECIPES, "shapes", guard={}, predictor=Reader)
     with pytest.raises(ConfigError, match="a guard needs something that answers"):
         MatrixCallback(tmp_path, SCORES, "sort", guard=GUARD)
     assert not any(tmp_path.iterdir())
