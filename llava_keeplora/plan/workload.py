@@ -48,7 +48,7 @@ def read_work(config: RunConfig, family: Family, changed: Mapping[str, Changed],
     recipes = [tasks[recipe.name].recipe if recipe.name in tasks else recipe for recipe in recipes]
     for recipe in recipes:
         metric_of(recipe).check_installed()
-    work = [_read(recipe, tasks.get(recipe.name), config, family) for recipe in recipes]
+    work = [_read(recipe, tasks.get(recipe.name), config, family, config.held_out) for recipe in recipes]
     for label, method in config.methods.items():
         wanted = make_method(method).reference_data_spec()
         if wanted and not _is_absent(wanted[0], root):
@@ -77,7 +77,10 @@ def read_general_work(config: RunConfig, label: str, family: Family) -> Work | N
     return dataclasses.replace(work, train=used, test=0, images=used)
 
 
-def _read(recipe: Recipe, task: Task | None, config: RunConfig, family: Family) -> Work:
+def _read(
+    recipe: Recipe, task: Task | None, config: RunConfig, family: Family, held_out: float = 0.0
+) -> Work:
+    """Return what a recipe asks of the machine; of absent data, with a share of `train` held out."""
     if not callable(getattr(family, "workload", None)):
         raise ConfigError(
             f"the model family '{family.name}' does not say what a task asks of the machine (`workload`)",
@@ -91,6 +94,7 @@ def _read(recipe: Recipe, task: Task | None, config: RunConfig, family: Family) 
     if config.data.holdout:
         train, test = train - round(config.data.holdout * train), round(config.data.holdout * train)
     train = min(train, config.data.train_examples or train)
+    train -= round(held_out * train)
     return dataclasses.replace(work, train=train, test=test, images=train + test, assumed=assumed)
 
 

@@ -1,6 +1,8 @@
 """What does not fit is said with the smallest change that makes it fit, by the plan and at a run's start."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -8,10 +10,11 @@ import yaml
 from llava_keeplora import cli
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError, MethodError
-from llava_keeplora.models import open_model
-from llava_keeplora.plan import changes_text, check_start, make_plan, refusal
+from llava_keeplora.models import Work, open_model
+from llava_keeplora.plan import changes_text, check_start, make_plan, refusal, workload
 from llava_keeplora.plan.machine import CONTEXT, _least, changed_layers
 from llava_keeplora.sequence import runner
+from llava_keeplora_recipes import load_recipe
 
 pytestmark = pytest.mark.usefixtures("estimated_once")
 
@@ -266,6 +269,14 @@ def test_the_size_of_absent_data_is_assumed_and_the_plan_says_so(run_tree, tiny_
         and "(--data-root counts them): colours\n" in out
     )
     assert [line.split()[:3] for line in out.splitlines()][-1] == ["colours", "100,000", "(assumed)"]
+
+
+def test_what_a_guard_holds_out_of_absent_data_is_not_planned_as_trained_on(run_tree, tiny_tasks):
+    recipe = dataclasses.replace(load_recipe(str(tiny_tasks[0])), expected_sizes={"train": 500, "test": 60})
+    family = SimpleNamespace(workload=lambda recipe, train, test: Work("colours", *[0] * 7))
+    guard = {"new_task": {"min_gain": 1.0}, "on_failure": "shrink", "held_out": 0.2}
+    work = workload._read(recipe, None, config := parse_config(run_tree("unset", guard=guard)), family, 0.2)
+    assert config.held_out == 0.2 and (work.train, work.test, work.images) == (400, 60, 460)
 
 
 def test_a_plan_for_nothing_or_for_endless_memory_is_refused(run_tree):
