@@ -63,7 +63,7 @@ def workflow_text(words: Sequence[str], into: str) -> str:
         words: the words of the command.
         into: the folder with the command's files, which are kept with the run.
     """
-    lines = f" \\\n{' ' * 12}--".join(shlex.join(words).split(" --"))
+    lines = " ".join(f"\\\n{' ' * 12}{w}" if w.startswith("--") else shlex.quote(w) for w in words)
     return _WORKFLOW.format(
         version=version("llava-keeplora"), command=f"{' ' * 10}{lines}", into=yaml_text(into)
     )

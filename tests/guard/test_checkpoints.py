@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from llava_keeplora.cli import main
+from llava_keeplora.guard.ci import workflow_text
 from llava_keeplora.guard.text import verdict_markdown
 from llava_keeplora_eval.models import load_clip, resolve_model
 
@@ -155,6 +156,13 @@ def test_init_writes_a_workflow_and_a_hook_that_run_the_command(repository, caps
     assert not any(started.search(name) for name in ("tuned.md", "docs/faq.yaml", "faq_yaml"))
     out = capsys.readouterr().out
     assert "written: .github/workflows/guard.yml" in out and "add judged/ to .gitignore" in out
+
+
+def test_a_path_that_looks_like_an_option_stays_one_word_of_the_workflow():
+    words = ["llava-keeplora", "guard", "--base", "base", "--into", "verdict --of today"]
+    steps = yaml.safe_load(workflow_text(words, words[-1]))["jobs"]["guard"]["steps"]
+    (script,) = [step["run"] for step in steps if "llava-keeplora guard" in step.get("run", "")]
+    assert shlex.split(script.replace("\\\n", "")) == words and script.count("\n") == 3
 
 
 def test_init_overwrites_nothing_and_writes_nothing_then(repository, capsys):
