@@ -114,8 +114,8 @@ class KeepLora(ProtectingMethod):
             feature_rule: how many directions M_t gains: `energy`, as many as ε_f (or its budget, if it is
                 `auto`) asks for, or of these only those that `splitlora`'s rank rule takes.
             plasticity: α of the rule `splitlora`; more leaves more directions free.
-            interpolation: λ, the share of a task's update that is merged; 1 is the whole of it. The preset's
-                when None.
+            interpolation: λ, the share of a task's update that is merged; 1 is the whole of it. Parts that
+                are trained in full keep the whole. The preset's when None.
         """
 
         preset: str = "paper"
@@ -424,7 +424,10 @@ class KeepLora(ProtectingMethod):
         )
 
     def finalize_deltas(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Deltas:
-        """Return λ ΔW of every adapted layer: the model between the task's start and its end."""
+        """Return λ ΔW of every adapted layer, which puts the model between the task's start and its end.
+
+        Modules that are trained in full are not among them, and keep the whole change.
+        """
         return deltas if self.interpolation == 1.0 else scale_deltas(deltas, self.interpolation)
 
     def project(self, ctx: TaskContext, deltas: Deltas) -> Deltas:
