@@ -167,7 +167,7 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
             "name a configuration or a YAML file, and write a run's keys into the table itself",
         )
     methods = tree.pop("methods", None)
-    own_budget = tree.pop(OTHER_BUDGET, None)
+    table_budget = tree.pop(OTHER_BUDGET, None)
     tree = merged(read_config(base), tree) if base else tree
     inherited = tree.pop("methods", DEFAULT_METHODS)
     labels = as_mapping(inherited if methods is None else methods, "methods")
@@ -182,8 +182,8 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
     tree.pop("expected", None)  # It belongs to one run's settings, not to a table.
     output_dir, orders = tree.pop("output_dir", RunConfig.output_dir), tree.pop("orders", None)
     # Rows of the base that the table leaves out need no word about their budget.
-    inherited = [label for label in tree.pop(OTHER_BUDGET, None) or [] if label in labels]
-    other_budget = parse_labels(inherited if own_budget is None else own_budget, OTHER_BUDGET, labels)
+    base_budget = [label for label in tree.pop(OTHER_BUDGET, None) or [] if label in labels]
+    other_budget = parse_labels(base_budget if table_budget is None else table_budget, OTHER_BUDGET, labels)
     if not isinstance(output_dir, str) or not output_dir:
         raise ConfigError(
             f"output_dir is {output_dir!r}, which is no folder", "write, for instance, runs/table"
