@@ -58,13 +58,16 @@ def add_guard(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def run_guard(args: argparse.Namespace) -> int:
     """Print the verdict on two models and return its exit code; or write the files that ask for it."""
     with without_collection():
-        from llava_keeplora.config.guard import DropLimit
+        from llava_keeplora.config import EvaluationConfig
+        from llava_keeplora.config.guard import DropLimit, GuardConfig
         from llava_keeplora.errors import UserError
         from llava_keeplora.guard import DONT_SHIP, verdict_lines
         from llava_keeplora.guard.checkpoints import Comparison, append_step_summary, compare_checkpoints
         from llava_keeplora.guard.text import error_markdown, verdict_markdown
 
-    DropLimit(args.max_drop)
+    # What a run's configuration refuses is refused here, before anything is computed or written.
+    GuardConfig(args.watch, watch_tasks=DropLimit(args.max_drop), confidence=args.confidence)
+    EvaluationConfig(batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
     if args.init:
         return _write_ci(args)
     given = Comparison(
@@ -85,6 +88,7 @@ def run_guard(args: argparse.Namespace) -> int:
     text = verdict_markdown(verdict)
     append_step_summary(text)
     if args.summary:
+        Path(args.summary).parent.mkdir(parents=True, exist_ok=True)
         Path(args.summary).write_text(text, encoding="utf-8")
     sys.stdout.write("\n".join(verdict_lines(verdict)) + "\n")
     return 0 if verdict["ship"] else DONT_SHIP
@@ -96,11 +100,10 @@ OPTIONAL = ("confidence", "data_root", "batch_size", "max_new_tokens", "summary"
 
 def _write_ci(args: argparse.Namespace) -> int:
     """Write the workflow and the hook into this folder, and say what is left to do."""
+    from llava_keeplora.guard.checkpoints import load_recipes
     from llava_keeplora.guard.ci import write_ci
-    from llava_keeplora_recipes import load_recipe
 
-    for task in args.watch:
-        load_recipe(task)  # A name that is no recipe is refused now, not in the first pull request.
+    load_recipes(args.watch)  # A name that is no recipe is refused now, not in the first pull request.
     words = ["llava-keeplora", "guard", "--base", args.base, "--tuned", args.tuned, "--watch", *args.watch]
     words += ["--max-drop", f"{args.max_drop:g}", "--into", args.into]
     defaults = add_guard(argparse.ArgumentParser().add_subparsers())

@@ -66,7 +66,8 @@ def coerce_value(value: Any, hint: Any, where: str) -> Any:
     options = [h for h in typing.get_args(hint) if h is not type(None)] if _is_union(hint) else [hint]
     if value is None and (_is_union(hint) and type(None) in typing.get_args(hint)):
         return None
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    # YAML has no tuples: what a record keeps as one is written as a list.
+    names = " or ".join(getattr(o, "__name__", str(o)).replace("tuple", "list") for o in options)
     for option in options:
         origin = typing.get_origin(option) or option
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from llava_keeplora.config.coerce import build
@@ -113,7 +113,8 @@ class GuardConfig:
             )
         if not self.watch and not self.judges_tasks:
             raise ConfigError(
-                "it has no limit to hold", "set old_tasks.max_drop, new_task.min_gain, or watch recipes"
+                "old_tasks, new_task and watch set no limit to hold",
+                "set old_tasks.max_drop, new_task.min_gain, or watch recipes",
             )
 
     @property
@@ -136,4 +137,7 @@ def _watch(entry: Any, where: str) -> WatchConfig:
         raise ConfigError(
             f"{where} is {entry!r}, which is no recipe", "name a recipe, or write {task: NAME, examples: N}"
         )
+    keys = [each.name for each in fields(WatchConfig)]
+    if unknown := [key for key in entry if key not in keys]:
+        raise ConfigError(f"{where} has the unknown key '{unknown[0]}'", nearest(str(unknown[0]), keys))
     return build(WatchConfig, entry, where)

@@ -22,7 +22,7 @@ from llava_keeplora_eval.paired_scores import check_comparable, paired_change
 from llava_keeplora_eval.predictors import default_device
 from llava_keeplora_eval.preparation import check_questions
 from llava_keeplora_eval.references import metric_of
-from llava_keeplora_recipes import TaskData, load_recipe, load_split
+from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_split
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def compare_checkpoints(given: Comparison, watch: Sequence[str]) -> dict[str, An
         ConfigError: the guard can't be evaluated.
     """
     try:
-        splits = [load_split(load_recipe(task), "test", given.data_root) for task in watch]
+        splits = [load_split(recipe, "test", given.data_root) for recipe in load_recipes(watch)]
         for data in splits:
             metric_of(data.recipe).check_installed()
             check_comparable(data)
@@ -70,6 +70,20 @@ def compare_checkpoints(given: Comparison, watch: Sequence[str]) -> dict[str, An
     verdict = judge(given.tuned, limits, given.confidence) | {THEN: None}
     write_json(given.into / GUARD, verdict)
     return verdict
+
+
+def load_recipes(watch: Sequence[str]) -> list[Recipe]:
+    """Return the recipes of `watch`, by name or file.
+
+    Raises:
+        RecipeError: one can't be read.
+        ConfigError: two have the same name, and would count as two limits.
+    """
+    recipes = [load_recipe(task) for task in watch]
+    names = [recipe.name for recipe in recipes]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"--watch has the recipe '{twice[0]}' twice", "name it once")
+    return recipes
 
 
 def _limit(given: Comparison, data: TaskData) -> Limit:

@@ -110,8 +110,8 @@ def write_ci(root: Path, words: Sequence[str], into: str, watched: Sequence[str]
         raise ConfigError(f"{broken[0]!r} has a line break, and a command is one line", "rename it")
     if there := [str(path) for path in (WORKFLOW, HOOK) if (root / path).exists()]:
         raise ConfigError(
-            f"{' and '.join(there)} exists already, and `guard init` overwrites nothing",
-            "move it away, or run this in an empty folder and join the files by hand",
+            f"`guard init` overwrites nothing, and there is already {' and '.join(there)}",
+            "move what is there away, or run this in an empty folder and join the files by hand",
         )
     texts = {WORKFLOW: workflow_text(words, into), HOOK: hook_text(words, watched)}
     for path, text in texts.items():

@@ -34,13 +34,17 @@ def load_watched(config: RunConfig, tasks: Sequence[Task], objects: Objects = Ob
                 check_comparable(task.held_out)
     except UserError as error:
         raise ConfigError(f"the guard can't be evaluated: {error.problem}", error.cure) from error
-    names = [task.name for task in (*tasks, *watched)]
+    learned, names = [task.name for task in tasks], [task.name for task in watched]
     for task in watched:
+        if task.name in learned:
+            raise ConfigError(
+                f"the guard watches '{task.name}', a task of the run, and no method learns what it watches",
+                "remove it from guard.watch (old_tasks judges it), or give the recipe another name",
+            )
         if names.count(task.name) > 1:
             raise ConfigError(
-                f"the guard watches '{task.name}', which is a task of the run or watched twice; a watched "
-                "recipe is never trained on and has a name of its own",
-                "give the recipe another name, or remove it from guard.watch",
+                f"the guard watches '{task.name}' twice, and each watched recipe has a name of its own",
+                "remove one from guard.watch, or give one another name",
             )
         for other in tasks:
             if shared := shared_images(task.test, other.train):

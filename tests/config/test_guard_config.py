@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from llava_keeplora.config import WatchConfig, parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.run_folder import dump_config
 from llava_keeplora.saved_run import run_identity
+from llava_keeplora.start import watched
 from llava_keeplora.start.check import check_shrinking
 
 GUARD = {"watch": ["shapes", {"task": "digits", "examples": 50}], "watch_tasks": {"max_drop": 1}}
@@ -28,7 +30,7 @@ def test_watched_recipes_are_names_or_mappings():
 @pytest.mark.parametrize(
     ("guard", "message"),
     [
-        ({}, "guard.it has no limit"),
+        ({}, "^guard.old_tasks, new_task and watch set no limit"),
         ({"watch": ["shapes"]}, "watch_tasks sets no limit"),
         ({"old_tasks": {"max_drop": -1}}, "guard.old_tasks.max_drop.*0 or more.*-1"),
         ({"old_tasks": {"min_gain": 1}}, "unknown key 'guard.old_tasks.min_gain'"),
@@ -36,12 +38,35 @@ def test_watched_recipes_are_names_or_mappings():
         ({"new_task": {"min_gain": 1}, "confidence": 95}, "confidence must be from 0.5"),
         ({**GUARD, "on_failure": "shrink", "held_out": 1}, "held_out must be between 0 and 1.*1"),
         ({**GUARD, "watch": [3]}, r"watch\[0\] is 3"),
+        ({**GUARD, "watch": "shapes"}, "^guard.watch is 'shapes', but it takes list"),
         ({**GUARD, "watch": [{"task": "shapes", "examples": 0}]}, r"examples must be at least 1"),
+        (
+            {**GUARD, "watch": [{"task": "shapes", "example": 9}]},
+            r"^guard.watch\[0\] has the unknown key 'example'; did you mean 'examples'",
+        ),
     ],
 )
 def test_a_mistake_in_the_guard_is_one_sentence(guard, message):
     with pytest.raises(ConfigError, match=message):
         parsed(**guard)
+
+
+@pytest.mark.parametrize(
+    ("watch", "message"),
+    [
+        (["glyphs"], "watches 'glyphs', a task of the run.*guard.watch"),
+        (["shapes", {"task": "shapes", "examples": 5}], "watches 'shapes' twice"),
+    ],
+)
+def test_a_watched_recipe_is_watched_once_and_no_task(monkeypatch, watch, message):
+    monkeypatch.setattr(
+        watched, "_load", lambda entry, *_: SimpleNamespace(name=entry.task, test=None, held_out=None)
+    )
+    monkeypatch.setattr(watched, "check_comparable", lambda data: None)
+    monkeypatch.setattr(watched, "shared_images", lambda *_: "")
+    task = SimpleNamespace(name="glyphs", train=None, test=None, held_out=None)
+    with pytest.raises(ConfigError, match=message):
+        watched.load_watched(parsed(watch=watch, watch_tasks={"max_drop": 1}), [task])
 
 
 def test_a_run_without_a_guard_has_no_key_of_it():

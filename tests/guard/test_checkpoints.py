@@ -119,6 +119,26 @@ def test_text_of_a_model_is_no_markup_of_the_summary():
     assert json.dumps(text).count("\\n") == text.count("\n")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--confidence", "95"], "confidence must be from 0.5 to below 1 (got 95.0)"),
+        (["--batch-size", "0"], "batch_size must be at least 1 (got 0)"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1 (got 0)"),
+        (["--max-drop", "-1"], "max_drop must be 0 or more percentage points (got -1.0)"),
+        (["--watch", "shapes", "shapes"], "--watch has the recipe 'shapes' twice; name it once"),
+    ],
+)
+@pytest.mark.parametrize("init", [[], ["init"]])
+def test_a_mistake_in_the_command_is_one_sentence_before_anything_is_done(
+    init, given, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["guard", *init, "--base", "tiny-clip", "--tuned", "tiny-clip", "--watch", "shapes", *given]
+    assert main(words) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 # --- guard init --------------------------------------------------------------------------------------------
 
 
@@ -168,7 +188,7 @@ def test_a_path_that_looks_like_an_option_stays_one_word_of_the_workflow():
 def test_init_overwrites_nothing_and_writes_nothing_then(repository, capsys):
     Path(".pre-commit-config.yaml").write_text("repos: []\n")
     assert repository() == 2
-    assert re.search(r"\.pre-commit-config\.yaml exists already.*by hand", capsys.readouterr().err)
+    assert re.search(r"already \.pre-commit-config\.yaml.*by hand", capsys.readouterr().err)
     assert Path(".pre-commit-config.yaml").read_text() == "repos: []\n" and not Path(".github").exists()
 
 
