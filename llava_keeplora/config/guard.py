@@ -53,7 +53,7 @@ class DropLimit:
     @property
     def least(self) -> float | None:
         """The least accepted change, in percentage points; None for no limit."""
-        return None if self.max_drop is None else -self.max_drop
+        return None if self.max_drop is None else 0.0 - self.max_drop  # Never -0.0.
 
 
 @dataclass(frozen=True)

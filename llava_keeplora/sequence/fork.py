@@ -46,6 +46,8 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
     source, into = load_run(run), Path(into)
     old, labels = Workspace(source), (ZERO_SHOT, *source.methods)
     kept = _kept_places(source, old)
+    if not kept:
+        raise RunError(f"every task of {run} was rolled back", "fork a run that has kept one")
     if not 1 <= at_task <= len(kept):
         raise RunError(
             f"--at-task must be from 1 to {len(kept)}, the tasks of {run} (got {at_task})",

@@ -69,6 +69,10 @@ def test_a_watched_recipe_is_watched_once_and_no_task(monkeypatch, watch, messag
         watched.load_watched(parsed(watch=watch, watch_tasks={"max_drop": 1}), [task])
 
 
+def test_no_drop_at_all_is_a_change_of_at_least_0():
+    assert f"{parsed(old_tasks={'max_drop': 0}).guard.old_tasks.least:+g}" == "+0"
+
+
 def test_a_run_without_a_guard_has_no_key_of_it():
     config = parse_config({"tasks": ["scene-colour"], "parts": {"vision": {}}})
     assert config.guard is None and "guard" not in json.loads(dump_config(config))

@@ -38,7 +38,9 @@ def test_every_cell_has_run_in_order_and_shows_no_warning_and_no_path(path):
 
 def test_the_cells_of_the_text_model_run(monkeypatch):
     """With two steps of a few examples; as they are in the slow test."""
-    monkeypatch.setattr("llava_keeplora.memory.matrix_callback.write_report", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(
+        "llava_keeplora.memory.matrix_callback.write_report", lambda *arguments, **keywords: None
+    )
     for name in (
         "logging.disable",
         "datasets.disable_progress_bars",

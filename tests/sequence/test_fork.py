@@ -52,6 +52,12 @@ def test_a_fork_may_learn_another_task_and_the_run_stays_as_it_was(
     assert outcome(three_tasks_run) == before
 
 
+def test_a_run_that_kept_no_task_has_nothing_to_fork(three_tasks_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("llava_keeplora.sequence.fork._kept_places", lambda *run: [])
+    with pytest.raises(RunError, match="every task of .* was rolled back"):
+        fork(three_tasks_run, 1, tmp_path / "fork")
+
+
 def test_a_fork_shares_no_file_with_the_run(forked, three_tasks_run):
     shared = {path.stat().st_ino for path in forked.rglob("*") if path.is_file()} & {
         path.stat().st_ino for path in three_tasks_run.rglob("*") if path.is_file()
