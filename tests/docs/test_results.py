@@ -1,0 +1,63 @@
+"""The numbers of README and docs/results.md on the learned regime are those of the result files in docs/results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RUNS = json.loads((ROOT / "docs/results/table-learned.json").read_text())
+FAST = json.loads((ROOT / "docs/results/table-learned-fast.json").read_text())
+TRIED = json.loads((ROOT / "docs/results/table-learned-tried.json").read_text())
+README = (ROOT / "README.md").read_text()
+LEARNED = (
+    (ROOT / "docs/results.md").read_text().split("\n## CLIP where tasks are learned\n")[1].split("\n## ")[0]
+)
+NAMES = {"Transfer": "transfer", "Average": "average", "Last": "last", "Forgetting": "forgetting"}
+
+
+def tables(text):
+    """Header and rows of every Markdown table, as lists of cells."""
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+        header, _, *rows = (
+            [cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()
+        )
+        yield header, rows
+
+
+def shown(numbers, name):
+    """A mean over seeds as the documentation prints it."""
+    mean, deviation = numbers[f"{name}_mean"], numbers[f"{name}_sd"]
+    if mean is None:
+        return "n/a"
+    return f"{mean:.1f}" if deviation is None or numbers["n"] == 1 else f"{mean:.1f} ± {deviation:.1f}"
+
+
+@pytest.mark.parametrize("text", [README, LEARNED], ids=["README", "results.md"])
+def test_the_tables_of_the_learned_regime_are_those_of_the_result_file(text):
+    files = {"method": RUNS, "at 2e-3": FAST}
+    found = [(header, rows) for header, rows in tables(text) if header[0] in files and header[-1] == "n"]
+    assert found
+    for header, rows in found:
+        for label, *cells in rows:
+            numbers = files[header[0]]["I"][label]
+            expected = [shown(numbers, NAMES[column]) for column in header[1:-1]]
+            assert cells == [*expected, str(numbers["n"])], label
+
+
+def test_the_curves_are_those_of_the_settings_tried():
+    header, rows = next((header, rows) for header, rows in tables(LEARNED) if header[0] == "learning rate")
+    labels = [column.split(":")[0] for column in header[1:]]
+    scores = {
+        (one["label"], one["settings"]["training"]["learning_rate"]): one["metrics"]
+        for one in TRIED
+        if one["settings"]
+    }
+    assert {(label, float(row[0])) for row in rows for label in labels} == {
+        key for key in scores if key[0] in labels
+    }
+    for rate, *cells in rows:
+        for label, cell in zip(labels, cells, strict=True):
+            metrics = scores[label, float(rate)]
+            assert cell == ", ".join(f"{metrics[name]:.1f}" for name in ("transfer", "average", "last"))
