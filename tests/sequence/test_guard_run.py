@@ -213,7 +213,7 @@ def test_stop_leaves_all_in_place_and_goes_on_when_told_to_warn(guarded, driven,
 
 
 def test_a_watched_recipe_is_none_of_the_tasks(guarded, driven, tiny_tasks, tmp_path):
-    with pytest.raises(ConfigError, match="watches 'colours', which is a task of the run"):
+    with pytest.raises(ConfigError, match="watches 'colours', a task of the run"):
         driven(guarded(tmp_path / "run", [0, 1], watch=[str(tiny_tasks[0])]))
     assert not (tmp_path / "run/keeplora").exists()
 
