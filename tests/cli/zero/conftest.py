@@ -96,15 +96,26 @@ def references(trees, driven, tmp_path_factory):
 
 
 @pytest.fixture
-def one_and_two(trees, written, driven, launch, script, tmp_path):
+def in_two(written, launch, script, tmp_path):
+    """Function (tree, zero) → (exit code, errors) of the same run in two processes, in the folder `two`."""
+
+    def run(tree, zero=None):
+        path = written(halved(tree), zero)
+        code, _, err = launch(
+            [sys.executable, script], "--config", path, "--output-dir", tmp_path / "two", processes=2
+        )
+        return code, err
+
+    return run
+
+
+@pytest.fixture
+def one_and_two(trees, driven, in_two, tmp_path):
     """Function (stage, **changes) → distances of a LLaVA run in two processes from the same in one."""
 
     def measure(stage, **changes):
         driven(parse_config(trees["llava"](**changes) | {"output_dir": str(tmp_path / "one")}))
-        path = written(halved(trees["llava"](**changes)), ZERO[stage])
-        code, _, err = launch(
-            [sys.executable, script], "--config", path, "--output-dir", tmp_path / "two", processes=2
-        )
+        code, err = in_two(trees["llava"](**changes), ZERO[stage])
         assert code == 0, err
         return distances(tmp_path / "one", tmp_path / "two")
 

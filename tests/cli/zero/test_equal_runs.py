@@ -31,18 +31,13 @@ QUICK = [("clip", "zero-2")]
         *(pytest.param(*one, 3, marks=pytest.mark.slow) for one in EVERY),
     ],
 )
-def test_tasks_in_two_processes_end_as_in_one(
-    family, stage, count, trees, written, references, launch, script, tmp_path
-):
-    path = written(halved(first_tasks(trees[family](), count)), ZERO.get(stage))
-    code, _, err = launch(
-        [sys.executable, script], "--config", path, "--output-dir", tmp_path / "run", processes=2
-    )
+def test_tasks_in_two_processes_end_as_in_one(family, stage, count, trees, references, in_two, tmp_path):
+    code, err = in_two(first_tasks(trees[family](), count), ZERO.get(stage))
     assert code == 0, err
-    apart = distances(references(family, count), tmp_path / "run")
-    assert {task for task, _ in apart} == {p.name for p in (tmp_path / "run/keeplora").glob("task-*")}
+    apart = distances(references(family, count), tmp_path / "two")
+    assert {task for task, _ in apart} == {p.name for p in (tmp_path / "two/keeplora").glob("task-*")}
     assert max(apart.values()) < 1e-5, apart
-    assert answers(references(family, count)) == answers(tmp_path / "run")
+    assert answers(references(family, count)) == answers(tmp_path / "two")
 
 
 SKETCHED = """
@@ -127,21 +122,14 @@ DRAWING = {"moe-adapters": {"experts": 4}, "iap": {}}
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, "zero-1", "zero-2"])
 def test_every_other_method_ends_in_two_processes_as_in_one(
-    stage, run_tree, tiny_clip, tiny_tasks, written, driven, launch, script, tmp_path
+    stage, run_tree, tiny_clip, tiny_tasks, driven, in_two, tmp_path
 ):
     methods = {**CERTAIN, **DRAWING, "zscl": {"reference": str(tiny_tasks[2])}}
     tree = run_tree(
         tmp_path / "one", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]], training=STEADY
     )
     driven(parse_config({**tree, "methods": {label: methods[label] for label in CERTAIN}}))
-    code, _, err = launch(
-        [sys.executable, script],
-        "--config",
-        written(halved(tree), ZERO.get(stage)),
-        "--output-dir",
-        tmp_path / "two",
-        processes=2,
-    )
+    code, err = in_two(tree, ZERO.get(stage))
     assert code == 0, err
     for label in CERTAIN:
         apart = distances(tmp_path / "one", tmp_path / "two", label)
@@ -176,14 +164,12 @@ def test_every_other_method_ends_in_two_processes_as_in_one(
     ("label", "stage"), [(label, stage) for label, (_, stages) in LATER.items() for stage in (None, *stages)]
 )
 def test_every_later_method_ends_in_two_processes_as_in_one(
-    label, stage, run_tree, tiny_tasks, written, driven, launch, script, tmp_path
+    label, stage, run_tree, tiny_tasks, driven, in_two, tmp_path
 ):
     methods, tasks = {label: LATER[label][0]}, [str(path) for path in tiny_tasks[:2]]
     tree = run_tree(tmp_path / "one", methods=methods, tasks=tasks, training=STEADY)
     driven(parse_config(tree))
-    path = written(halved(tree), ZERO.get(stage))
-    command = [sys.executable, script, "--config", path, "--output-dir", tmp_path / "two"]
-    code, _, err = launch(command, processes=2)
+    code, err = in_two(tree, ZERO.get(stage))
     assert code == 0, err
     # ZeRO-3's hooks copy what layers read together, so that each has a state of its own.
     names = ("delta",) if stage == "zero-3" else ("delta", "state")
@@ -214,15 +200,13 @@ def passes(run, label):
 @pytest.mark.parametrize("stage", [None, "zero-2"])
 @pytest.mark.parametrize("family", ["clip", "llava"])
 def test_forms_of_later_methods_end_in_two_processes_as_in_one_with_as_many_passes(
-    family, stage, trees, tiny_tasks, mixed_tasks, written, driven, launch, script, tmp_path
+    family, stage, trees, tiny_tasks, mixed_tasks, driven, in_two, tmp_path
 ):
     tasks = [str(path) for path in (tiny_tasks if family == "clip" else mixed_tasks)]
     forms = {**FORMS, "replay": {**FORMS["replay"], "general": tasks[2 if family == "clip" else 0]}}
     tree = trees[family](tasks=tasks[:2], methods=forms)
     driven(parse_config(tree | {"output_dir": str(tmp_path / "one")}))
-    path = written(halved(tree), ZERO.get(stage))
-    command = [sys.executable, script, "--config", path, "--output-dir", tmp_path / "two"]
-    code, _, err = launch(command, processes=2)
+    code, err = in_two(tree, ZERO.get(stage))
     assert code == 0, err
     for label in forms:
         apart = distances(tmp_path / "one", tmp_path / "two", label, names=("delta",))
@@ -290,7 +274,7 @@ UNEQUAL = [
     [pytest.param(*one, marks=() if one == UNEQUAL[0] else pytest.mark.slow) for one in UNEQUAL],
 )
 def test_processes_with_unequal_shares_of_the_data_never_wait_for_each_other_for_ever_and_learn_what_one_learns(
-    family, gone, stage, trees, written, driven, launch, script, own_tasks, tmp_path
+    family, gone, stage, trees, driven, in_two, own_tasks, tmp_path
 ):
     # 23 or 20 examples for two processes in batches of 4: the last step has 4 and 3 of them, or 4 and none. 7 to be answered one by one.
     for image in sorted((own_tasks[0].parent / "colours/train/red").iterdir())[:gone]:
@@ -298,20 +282,13 @@ def test_processes_with_unequal_shares_of_the_data_never_wait_for_each_other_for
     next((own_tasks[0].parent / "colours/test/red").iterdir()).unlink()
     tree = trees[family](tasks=[str(own_tasks[0])], evaluation={"batch_size": 1})
     driven(parse_config({**tree, "output_dir": str(tmp_path / "one")}))
-    code, _, err = launch(
-        [sys.executable, script],
-        "--config",
-        written(halved(tree), ZERO.get(stage)),
-        "--output-dir",
-        tmp_path / "run",
-        processes=2,
-    )
+    code, err = in_two(tree, ZERO.get(stage))
     assert code == 0, err
     predictions = (
-        (tmp_path / "run/keeplora/task-01-colours/predictions/colours.jsonl").read_text().splitlines()
+        (tmp_path / "two/keeplora/task-01-colours/predictions/colours.jsonl").read_text().splitlines()
     )
     assert len({json.loads(line)["id"] for line in predictions}) == len(predictions) == 7
-    apart = distances(tmp_path / "one", tmp_path / "run")
+    apart = distances(tmp_path / "one", tmp_path / "two")
     assert len(apart) >= 2 and max(apart.values()) < 1e-5, apart
 
 
