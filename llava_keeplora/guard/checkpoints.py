@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llava_keeplora.config.guard import DropLimit
 from llava_keeplora.errors import ConfigError, UserError
 from llava_keeplora.files import write_json
 from llava_keeplora.guard.answering import answer, other_size
@@ -91,7 +92,9 @@ def _limit(given: Comparison, data: TaskData) -> Limit:
     after = _answers(given, given.tuned, "tuned", data)
     again = _answers(given, given.base, "noise", data, otherwise=True)
     noise = abs(paired_change(data, before, again, 0.95).points)
-    return Limit(WATCH, data, before, after, -given.max_drop, noise)
+    least = DropLimit(given.max_drop).least
+    assert least is not None, "a number was given"
+    return Limit(WATCH, data, before, after, least, noise)
 
 
 def _answers(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from llava_keeplora.cli import main
+from llava_keeplora.guard import checkpoints
 from llava_keeplora.guard.ci import workflow_text
 from llava_keeplora.guard.text import verdict_markdown
 from llava_keeplora_eval.models import load_clip, resolve_model
@@ -34,6 +36,13 @@ def judged(into: Path, base: Path, tuned: Path, *watch: str) -> int:
         ["guard", "--base", str(base), "--tuned", str(tuned), "--into", str(into), "--max-drop", "30"]
         + ["--summary", str(into.with_suffix(".md")), "--watch", *watch]
     )
+
+
+def test_no_drop_at_all_is_a_change_of_at_least_0(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoints, "_answers", lambda *asked, **how: {})
+    monkeypatch.setattr(checkpoints, "paired_change", lambda *answers: SimpleNamespace(points=0.0))
+    limit = checkpoints._limit(checkpoints.Comparison("base", "tuned", 0.0, 0.95, tmp_path), None)
+    assert f"{limit.least:+g}" == "+0"
 
 
 def test_a_model_that_did_not_change_ships_and_its_answers_are_kept(
