@@ -94,6 +94,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         method.pop("random_resized_crop") if method["random_resized_crop"] is None else None
     for key in ("family", "parts", "object"):
         tree["model"].pop(key) if tree["model"][key] is None else None
+    if tree["model"]["attn_implementation"] == ModelConfig.attn_implementation:
+        tree["model"].pop("attn_implementation")
     tree |= _guard_identity(tree.pop("guard"), bool(config.guard and config.guard.shrinks))
     plugin_identity(tree)
     tree["tasks"] = [recipe.name for recipe in load_recipes(config.tasks)]

@@ -60,6 +60,7 @@ class ModelConfig:
             limit when None.
         quantization: bitsandbytes quantisation of the frozen base's linear layers: `nf4` (double-quantised),
             `int8`, or None.
+        attn_implementation: how transformers computes attention: `sdpa`, `eager`, `flash_attention_2`, ...
         family: the model family, possibly a plug-in (see docs/extending.md); chosen by the checkpoint's
             `model_type` when None.
         parts: part → dotted prefix of its layers, for a checkpoint of an unknown type; those of the type when
@@ -73,6 +74,7 @@ class ModelConfig:
     dtype: str = "float32"
     max_length: int | None = None
     quantization: str | None = None
+    attn_implementation: str = "sdpa"
     family: str | None = None
     parts: Mapping[str, str] | None = None
     object: str | None = None
@@ -82,6 +84,11 @@ class ModelConfig:
             raise ConfigError(
                 f"quantization must be 'nf4' or 'int8' (got '{self.quantization}')",
                 "set it to 'nf4' or 'int8', or leave it out",
+            )
+        if not isinstance(self.attn_implementation, str) or not self.attn_implementation:
+            raise ConfigError(
+                f"attn_implementation must be a name (got {self.attn_implementation!r})",
+                "write sdpa, eager or another one that transformers knows, or leave it out for sdpa",
             )
         if self.family is not None and not isinstance(self.family, str):
             raise ConfigError(

@@ -59,6 +59,7 @@ class ClipFamily:
         path: a local folder or a Hub id.
         revision: the Hub revision.
         quantization: see `ModelConfig`.
+        attn_implementation: see `ModelConfig`.
         parts: part → dotted prefix of its layers, for a type of model without a record; all linear layers of
             a part are adapted unless a configuration names targets.
         given: a model in memory, in the place of the checkpoint.
@@ -74,10 +75,12 @@ class ClipFamily:
         path: str,
         revision: str | None = None,
         quantization: str | None = None,
+        attn_implementation: str = "sdpa",
         parts: Mapping[str, str] | None = None,
         given: GivenModel | None = None,
     ):
         self.path, self.revision, self.quantization = path, revision, quantization
+        self.attn_implementation = attn_implementation
         self._own_parts, self._given = parts, given
         if given is not None:
             self.config, self.processor = given.model.config, given.clip_processor()
@@ -104,7 +107,7 @@ class ClipFamily:
                 "such a model can be quantised is not known",
                 "remove model.quantization, or give a family of your own (docs/extending.md)",
             )
-        family = cls(path, model.revision, model.quantization, model.parts, given)
+        family = cls(path, model.revision, model.quantization, model.attn_implementation, model.parts, given)
         _ = family.encoders  # Refuses a type without a record before any data are read.
         return family
 
@@ -189,7 +192,9 @@ class ClipFamily:
         """Set `model` to one without weights, on the meta device; see `build_meta_model`."""
         self.model = build_meta_model(
             lambda: self._accepted(
-                transformers.AutoModel.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
+                transformers.AutoModel.from_config(
+                    self.config, dtype=dtype, attn_implementation=self.attn_implementation
+                )
             ),
             self.quantization,
             self.skip_quantization,
@@ -208,7 +213,7 @@ class ClipFamily:
                 self.path,
                 revision=self.revision,
                 dtype=dtype,
-                attn_implementation="sdpa",
+                attn_implementation=self.attn_implementation,
                 **form,
             )
         if self.quantization:

@@ -54,6 +54,7 @@ class LlavaFamily(LlavaWorkload):
             None.
         max_new_tokens: of an answer.
         quantization: see `ModelConfig`.
+        attn_implementation: see `ModelConfig`.
         generation: of an answer; see `EvaluationConfig`.
         parts: part → dotted prefix, for a type of model that is not known; see `find_parts`.
         given: a model in memory, in the place of the checkpoint.
@@ -75,6 +76,7 @@ class LlavaFamily(LlavaWorkload):
         max_length: int | None = None,
         max_new_tokens: int = 128,
         quantization: str | None = None,
+        attn_implementation: str = "sdpa",
         generation: Mapping[str, Any] | None = None,
         parts: Mapping[str, str] | None = None,
         given: GivenModel | None = None,
@@ -85,7 +87,7 @@ class LlavaFamily(LlavaWorkload):
             max_new_tokens,
             quantization,
         )
-        self.generation, self._given = generation, given
+        self.attn_implementation, self.generation, self._given = attn_implementation, generation, given
         if given is not None:
             self.config, self.processor = given.model.config, given.chat_processor()
         else:
@@ -114,6 +116,7 @@ class LlavaFamily(LlavaWorkload):
             model.max_length,
             evaluation.max_new_tokens,
             model.quantization,
+            model.attn_implementation,
             evaluation.generation,
             model.parts,
             given,
@@ -134,7 +137,7 @@ class LlavaFamily(LlavaWorkload):
         """Set `model` to one without weights, on the meta device; see `build_meta_model`."""
         self.model = build_meta_model(
             lambda: transformers.AutoModelForImageTextToText.from_config(
-                self.config, dtype=dtype, attn_implementation="sdpa"
+                self.config, dtype=dtype, attn_implementation=self.attn_implementation
             ),
             self.quantization,
             self.skip_quantization,
@@ -150,7 +153,7 @@ class LlavaFamily(LlavaWorkload):
             self.path,
             revision=self.revision,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=self.attn_implementation,
             **form,
         )
         if self.quantization:
