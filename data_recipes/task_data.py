@@ -292,6 +292,11 @@ class TaskData:
         rows = [replace(row, answers=(text,)) for row, text in zip(self._rows, answers, strict=True)]
         return TaskData(self.recipe, self.split, rows, self._images, self.dropped, self.left_out)
 
+    def with_questions(self, questions: Sequence[str]) -> TaskData:
+        """Return the same examples with other questions, in order; images and hashes are shared."""
+        rows = [replace(row, question=text) for row, text in zip(self._rows, questions, strict=True)]
+        return TaskData(self.recipe, self.split, rows, self._images, self.dropped, self.left_out)
+
     def split_holdout(self, fraction: float, seed: int) -> tuple[TaskData, TaskData]:
         """Split off a validation part, with the same share of every class.
 

@@ -15,6 +15,7 @@ from llava_keeplora.compare.jobs import Job, make_job
 from llava_keeplora.compare.table import Table, merged
 from llava_keeplora.config import RunConfig, parse_config
 from llava_keeplora.errors import ConfigError
+from llava_keeplora.methods import Method
 from llava_keeplora.registries import METHODS
 from llava_keeplora.report.resources import other_budget, usual_budget
 from llava_keeplora.steps import Budget, optimiser_steps
@@ -92,7 +93,7 @@ def _check_order(where: str, jobs: Mapping[str, Job], sizes: dict[Any, int]) -> 
 
 def _schedule(config: RunConfig, label: str) -> str:
     """Return a text that is equal for two rows only if both see as many examples, whatever the data are."""
-    method = METHODS[config.methods[label].method]
+    method = _method(config, label)
     trainings = [{key: training.get(key) for key in SCHEDULE} for training in config.trainings(label)]
     mixed = [label, config.methods[label].options] if method.mixes else None
     return json.dumps([trainings, mixed], default=str)
@@ -109,15 +110,23 @@ def trained_examples(config: RunConfig, label: str, sizes: dict[Any, int] | None
     Raises:
         RecipeError: the data of a task cannot be read.
     """
-    cls = METHODS[config.methods[label].method]
-    if not cls.trainable:
+    method = _method(config, label)
+    if not method.trainable:
         return 0
-    method = cls(cls.Options(**config.methods[label].options))
     budgets = []
     for training, size in zip(config.trainings(label), _sizes(config, {} if sizes is None else sizes)):
         budgets.append(Budget.taken(training, size, 1, optimiser_steps(training, size, 1)))
     trained = [index for index in range(1, len(budgets) + 1) if config.source(index) is None]
-    return sum(method.budget(index, budgets).seen for index in trained)
+    further = [method.further_budget(index, budgets) if method.mixes else None for index in trained]
+    own = sum(method.budget(index, budgets).seen for index in trained)
+    return own + sum(budget.seen for budget in further if budget)
+
+
+def _method(config: RunConfig, label: str) -> Method:
+    """Return a row's method with its options."""
+    settings = config.methods[label]
+    cls = METHODS[settings.method]
+    return cls(cls.Options(**settings.options))
 
 
 def _sizes(config: RunConfig, sizes: dict[Any, int]) -> list[int]:

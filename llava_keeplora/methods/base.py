@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, Deltas
+from llava_keeplora.adapters import AdapterInit, Delta, Deltas
+from llava_keeplora.methods.answer_context import AnswerContext
 from llava_keeplora.methods.holding import Holding
 from llava_keeplora.methods.info import MethodInfo
 from llava_keeplora.methods.mixture import Mixture
@@ -100,6 +101,9 @@ class TaskContext:
         data: returns the training data of a task of the run, counted from 1; for 0 those of
             `general_data_spec`.
         budgets: what each task's training takes.
+        fit: `fit(inits, data, mixture, training)` trains adapters on the model as it is at this stage, on any
+            task's data, and returns layer name → their update; only in `after_task`. See
+            `Method.further_budget`.
         passes: kind → examples that went through the model in this stage besides the training's own batches;
             what goes around these hooks is added by the method.
     """
@@ -126,32 +130,8 @@ class TaskContext:
     own_answers: Callable[[], Any] | None = None
     data: Callable[[int], TaskData] | None = None
     budgets: Sequence[Budget] = ()
+    fit: Callable[..., dict[str, Delta]] | None = None
     passes: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass(frozen=True)
-class AnswerContext:
-    """Everything that a method can use to answer a task's examples, after some tasks.
-
-    Args:
-        task: name of the task whose examples are answered.
-        learned: names of the tasks learned, in order.
-        deltas: returns the deltas of these tasks, in order.
-        model: the model, with what `Method.combine` adds to it.
-        weights: the weights of every layer that the run changes; `apply` puts other deltas on them.
-        recipe: the task's recipe.
-        recipes: those of the tasks learned.
-        asking: number of tokens → the model's own predictor of the examples, its answers of that length.
-    """
-
-    task: str
-    learned: Sequence[str]
-    deltas: Callable[[], list[Deltas]]
-    model: nn.Module
-    weights: BaseWeights
-    recipe: Any = None
-    recipes: Sequence[Any] = ()
-    asking: Callable[[int], Predictor] | None = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +212,7 @@ class Method:
     dense_updates = False
     #: Whether `after_task` takes features of all of a task's examples, and keeps one per class, or one.
     keeps_prototypes = False
-    #: Whether a task may train on other data than its own; see `mixture`.
+    #: Whether a task may train on other data than its own; see `mixture` and `further_budget`.
     mixes = False
     #: Whether a task's update may have been trained elsewhere (`llava-keeplora adopt`); False if later tasks
     #: or answers need more of a task than its deltas and what `after_task` computes.
@@ -320,6 +300,13 @@ class Method:
     def budget(self, index: int, budgets: Sequence[Budget]) -> Budget:
         """Return what the training of task `index` takes, given every task's alone; its own by default."""
         return budgets[index - 1]
+
+    def further_budget(self, index: int, budgets: Sequence[Budget]) -> Budget | None:
+        """Return what `TaskContext.fit` takes after task `index`, given every task's training alone.
+
+        None, the default, for no second training; only asked if the method `mixes`.
+        """
+        return None
 
     def mixture(self, ctx: TaskContext) -> Mixture | None:
         """Return the examples of each step of a task's training, of any tasks of the run.

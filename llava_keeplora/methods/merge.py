@@ -14,7 +14,8 @@ With W_0 the base and τ_t = s B_t A_t the update of task t:
   model trained: α 0.8.
 - `condu`: every task is trained from W_0. One unified change τ is kept for all tasks, and of each task a mask
   m and a factor λ (`methods/condu.py`); a new task is unified with the earlier ones as decoupled from τ. At
-  test, `routing` picks a task by prototypes, or takes the given one (`oracle`), and the answer is that of
+  test, `routing` picks a task by prototypes, asks the untouched base for it (`model`), or takes the given one
+  (`oracle`), and the answer is that of
   W_0 + λ m ⊙ τ, with `oracle` of W_0 for a task not learned. It does not merge.
 
 Nothing is computed but the merge (and prototypes), and but for `condu` the model answers at no extra cost.

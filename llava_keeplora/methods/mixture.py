@@ -45,6 +45,20 @@ def own_sizes(budget: Budget) -> Tensor:
     return torch.clamp(budget.examples - starts, max=budget.batch)
 
 
+def draw_pool(pool: Sequence[tuple[int, int]], budget: Budget, seed: int) -> Mixture:
+    """Return the examples of several tasks, pass after pass over all of them, each in a new order.
+
+    Args:
+        pool: (task, row) of every example.
+        budget: what a training on all of them takes.
+        seed: seed of the order.
+    """
+    sizes = own_sizes(budget)
+    drawn = draw_passes(len(pool), int(sizes.sum()), torch.Generator().manual_seed(seed))
+    examples = torch.tensor(pool, dtype=torch.long).reshape(-1, 2)[drawn]
+    return Mixture(examples[:, 0], examples[:, 1], sizes)
+
+
 def mix_tasks(budgets: Sequence[Budget], seed: int) -> Mixture:
     """Return the tasks' examples shuffled together, in as many steps as the tasks take one by one.
 

@@ -26,19 +26,16 @@ Differences:
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Holding, MethodInfo, TaskContext
+from llava_keeplora.methods.kept_examples import KeptExamples
 from llava_keeplora.methods.mixture import Mixture, add_examples
 from llava_keeplora.methods.seq_lora import SequentialLora
-from llava_keeplora.run_folder import EXAMPLES
 from llava_keeplora.steps import Budget
 
 #: Name of the only tensor of a task's state.
@@ -96,8 +93,7 @@ class Replay(SequentialLora):
 
     def __init__(self, options: Replay.Options):
         super().__init__(options)
-        #: Numbers of the examples that are kept of the general data and of each task; see `_number`.
-        self._kept: list[Tensor] = []
+        self._kept = KeptExamples(KEPT)
 
     def general_data_spec(self) -> str | None:
         """Return the recipe of the general data."""
@@ -124,26 +120,16 @@ class Replay(SequentialLora):
 
     def _pool(self, ctx: TaskContext, source: int) -> list[tuple[int, int]]:
         """Return (source, row) of the examples that are kept of a task, or for 0 of the general data."""
-        kept = set(self._kept[source].tolist())
-        if not kept:
-            return []
-        assert ctx.data is not None
-        return [(source, row) for row, name in enumerate(ctx.data(source).ids) if _number(name) in kept]
+        return [(source, row) for row in self._kept.rows(ctx, source)]
 
     def after_task(self, ctx: TaskContext) -> None:
         """Draw the examples that are kept of the task; with `ctx.index` 0, of the general data."""
         if ctx.index == 0 and self.options.general is None:
-            self._kept = [torch.empty(0, dtype=torch.long)]
+            self._kept.keep(ctx, 0)
             return
         assert ctx.data is not None
-        data = ctx.data(ctx.index)
-        count = self._count(len(data)) if ctx.index else self.general_examples(len(data))
-        # By id, so that the order of the files does not matter.
-        rows = {name: row for row, name in enumerate(data.ids)}
-        ids = sorted(random.Random(ctx.seed).sample(sorted(rows), count))
-        numbers = torch.tensor([_number(name) for name in ids], dtype=torch.long)
-        self._kept = [*self._kept[: ctx.index], numbers]
-        ctx.report[EXAMPLES] = {"ids": ids, "bytes": data.stored_bytes(rows[name] for name in ids)}
+        available = len(ctx.data(ctx.index))
+        self._kept.keep(ctx, self._count(available) if ctx.index else self.general_examples(available))
 
     def _count(self, available: int) -> int:
         """Return how many of a task's examples are kept."""
@@ -151,18 +137,13 @@ class Replay(SequentialLora):
         return min(max(1, round(share * available)) if number is None else number, available)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the numbers of the examples that are kept of the last task; see `_number`."""
-        return {KEPT: self._kept[-1]} if len(self._kept[-1]) else {}
+        """Return the numbers of the examples that are kept of the last task."""
+        return self._kept.state_dict()
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
         """Take over what is kept of the general data and of every task."""
-        self._kept = [state.get(KEPT, torch.empty(0, dtype=torch.long)) for state in states]
+        self._kept.load(states)
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """Return the numbers of the examples that are kept of a task."""
-        return {KEPT: Holding((None,), required=ctx.index > 0, integer=True)}
-
-
-def _number(name: str) -> int:
-    """Return the first 64 bits of the SHA-256 of an example's id."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+        return self._kept.holds(ctx.index)

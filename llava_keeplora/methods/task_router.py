@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import AnswerContext, Holding, TaskContext
-from llava_keeplora.methods.model_router import ModelRouter
+from llava_keeplora.methods.model_router import ModelRouter, RouterLora, RouterTraining
 from llava_keeplora.methods.prototypes import Prototypes
 from llava_keeplora.methods.switching import BASE
 from llava_keeplora.run_folder import Stage
@@ -21,16 +21,20 @@ from llava_keeplora_eval.predictors import Predictor
 class TaskRouter:
     """Picks the task of an example, by prototypes, the model or the oracle.
 
-    With `prototypes` every example gets the nearest of the tasks learned, with `model` the one that the
-    untouched base names, and the base where it names none; with `oracle` the task is given, and examples of a
-    task that is not learned get the base.
+    With `prototypes` every example gets the nearest of the tasks learned, with `model` the one that the base
+    names, untouched or with the router's LoRA, and the base where it names none; with `oracle` the task is
+    given, and examples of a task that is not learned get the base.
 
     Args:
         routing: one of `ROUTINGS`.
+        training: training of the router with `model`; None for the untouched base.
     """
 
-    def __init__(self, routing: str):
+    def __init__(self, routing: str, training: RouterTraining | None = None):
         self.routing, self.prototypes = routing, Prototypes()
+        trained = routing == MODEL and training is not None and training.examples > 0
+        #: The router's LoRA; None if nothing is trained.
+        self.lora = RouterLora(training) if trained else None
         #: See `Method.stage_cost`.
         self.stage_cost = {Stage.CONSOLIDATED.value: 1.0} if routing == PROTOTYPES else {}
         #: See `Method.keeps_prototypes`.
@@ -49,20 +53,26 @@ class TaskRouter:
             )
 
     def after_task(self, ctx: TaskContext) -> None:
-        """Compute the task's prototypes, if they route; the model must be the untouched base."""
+        """Compute the task's prototypes, or train the router; the model must be the untouched base."""
         if ctx.index and self.routing == PROTOTYPES:
             self.prototypes.learn(ctx)
+        if self.lora:
+            self.lora.learn(ctx)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what the last `after_task` added."""
-        return self.prototypes.state_dict()
+        return self.lora.state_dict() if self.lora else self.prototypes.state_dict()
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
         """Load what was kept of the base and every task."""
         self.prototypes = Prototypes.of(states)
+        if self.lora:
+            self.lora.load(states)
 
     def holds(self, ctx: TaskContext) -> dict[str, Holding]:
         """Return what a task's state holds of the router."""
+        if self.lora:
+            return self.lora.holds(ctx)
         return self.prototypes.holds() if ctx.index and self.routing == PROTOTYPES else {}
 
     def choose(self, predictor: Predictor, ctx: AnswerContext) -> Callable[[Sequence[Any]], list[int]]:
@@ -75,7 +85,7 @@ class TaskRouter:
         if self.routing == PROTOTYPES:
             return self.prototypes.router(predictor)
         if self.routing == MODEL:
-            return ModelRouter(ctx)
+            return ModelRouter(ctx, self.lora.deltas if self.lora else None)
         learned = list(ctx.learned)
         given = learned.index(ctx.task) if ctx.task in learned else BASE
         return lambda examples: [given] * len(examples)

@@ -64,7 +64,7 @@ def read_needs(folder: Path) -> Needs:
         ),
         timed[-1]["learned"] - timed[-1]["untouched"] if timed else None,
         *_read_passes(entries, own),
-        _read_inputs(entries, own),
+        _read_inputs(entries),
     )
 
 
@@ -87,7 +87,8 @@ def _read_passes(
     sizes = _planned_sizes(entries)
     if not trained or not all("examples" in entry.info for entry in trained):
         return None, None, None
-    examples = sum(sum(entry.info["examples"].values()) for entry in trained)
+    # A second training after a task is on examples as well.
+    examples = sum(sum(entry.info.get("examples", {}).values()) for entry in entries)
     # Of an image with several captions, each is one to learn.
     own = sum(entry.info.get("training_examples", sizes[entry.task - 1]) for entry in trained)
     if not own:
@@ -98,7 +99,7 @@ def _read_passes(
     return examples, examples / own, {kind: count / own for kind, count in sorted(others.items())}
 
 
-def _read_inputs(entries: Sequence[Entry], trained: Sequence[Entry]) -> tuple[str, ...] | None:
+def _read_inputs(entries: Sequence[Entry]) -> tuple[str, ...] | None:
     """Return what a finished method needs beyond each task's own data."""
     last = len(_planned_sizes(entries)) - len(rolled_back(entries))
     closed = [entry.info for entry in entries if (entry.task, entry.stage) == (last, Stage.CLOSED)]
@@ -106,7 +107,7 @@ def _read_inputs(entries: Sequence[Entry], trained: Sequence[Entry]) -> tuple[st
         return None
     plan = [entry.info for entry in entries if entry.stage == Stage.PLANNED]
     old = any(
-        source not in ("0", str(entry.task)) for entry in trained for source in entry.info.get("examples", ())
+        source not in ("0", str(entry.task)) for entry in entries for source in entry.info.get("examples", ())
     )
     inputs = {
         "task at test": closed[-1]["task_id_at_test"],

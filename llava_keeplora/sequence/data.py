@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llava_keeplora.methods.shares import Share, Stretch
-from llava_keeplora.models import Inputs
+from llava_keeplora.models import Images, Inputs
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.versions import decoder_versions
 from llava_keeplora_recipes import Example, TaskData
@@ -104,6 +104,27 @@ class SplitImages:
                 )
 
         self._kept = shared.rows(what) or shared.put_rows(what, pieces())
+
+
+@dataclass(frozen=True)
+class SomeImages:
+    """The images of some examples of a split, by their index among these; see `Images`.
+
+    Args:
+        images: of the split.
+        rows: index → row in the split.
+    """
+
+    images: Images
+    rows: Sequence[int]
+
+    def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Return the model's image inputs for some of the examples, by index."""
+        return self.images.take([self.rows[i] for i in indices])
+
+    def of(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+        """Return the same by example."""
+        return self.images.of(examples)
 
 
 @dataclass(frozen=True)

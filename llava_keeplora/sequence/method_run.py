@@ -73,6 +73,7 @@ class MethodRun(MethodState):
             ):
                 set_seed(stage_seed(self.context.config.seed, index, stage))
                 self.passes.clear()
+                self.seen.clear()
                 start = time.perf_counter()
                 with peak_memory(self.context.device) as peak:
                     files, info = STAGES[stage](self, index)
@@ -107,6 +108,8 @@ class MethodRun(MethodState):
         peak["peak_bytes"] = self.context.most(peak["peak_bytes"])
         passes: Counter[str] = sum(all_gather_object(self.passes), Counter())
         info |= {"passes": dict(sorted(passes.items()))} if passes else {}
+        seen = {str(task): count for task, count in sorted(self.seen.items())}
+        info |= {"examples": seen} if seen else {}
         self.context.barrier()
         hashes = {str(path.relative_to(self.folder)): file_hash(path) for path in files}
         entry = Entry(index, stage, round(seconds, 3), hashes, info | peak | worker_counts())
@@ -170,6 +173,9 @@ class MethodRun(MethodState):
             scored = sum(len(task.test) for task in self.context.tasks) if stage == Stage.TRAINED else 0
             return self.context.family.eval_cost * scored
         training = GRADIENT_COST * self._trained_images(index) if stage == Stage.TRAINED else 0
+        if stage == Stage.CONSOLIDATED and self.method.mixes:
+            further = self.method.further_budget(index, self.budgets())
+            training = GRADIENT_COST * further.seen if further else 0
         return training + len(self.inputs[index - 1]) * self.method.stage_cost.get(stage, 0.0)
 
     def _evaluation_cost(self, index: int, answered: Container[str]) -> float:

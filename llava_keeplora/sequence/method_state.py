@@ -60,6 +60,8 @@ class MethodState:
         self.method.reference = context.references.get(config.label)
         #: Kind → examples that went through the model in the present stage; see `TaskContext.passes`.
         self.passes: Counter[str] = Counter()
+        #: Task → examples that a second training saw in the present stage, over all processes.
+        self.seen: Counter[int] = Counter()
 
     def learn_sequence(self) -> None:
         """Set the tasks that the method learns: those of the run without those that it has rolled back.

@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from torch import Tensor
-
 from llava_keeplora.errors import MethodError
-from llava_keeplora.models import Images, Inputs
+from llava_keeplora.models import Inputs
 from llava_keeplora.run_folder import OWN_ANSWERS
+from llava_keeplora.sequence.data import SomeImages
 from llava_keeplora.sequence.method_state import MethodState
 from llava_keeplora_eval import predict_to_file
 from llava_keeplora_eval.predictions import join_shards, read_predictions
-from llava_keeplora_recipes import Example
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The images of some examples of a split, by their index among these; see `Images`.
-
-    Args:
-        images: of the split.
-        rows: index → row in the split.
-    """
-
-    images: Images
-    rows: Sequence[int]
-
-    def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        return self.images.take([self.rows[i] for i in indices])
-
-    def of(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
-        return self.images.of(examples)
 
 
 def own_answers(state: MethodState, index: int) -> Inputs:
@@ -77,4 +53,4 @@ def own_answers(state: MethodState, index: int) -> Inputs:
             "check the model with `llava-keeplora-eval predict`, or choose lwf",
         )
     answered = data.take(rows).with_answers([texts[data.ids[row]] for row in rows])
-    return context.family.inputs(answered, _Rows(images, rows))
+    return context.family.inputs(answered, SomeImages(images, rows))

@@ -6,6 +6,7 @@ Each reads what earlier stages wrote and returns (the files that it wrote, the `
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ from llava_keeplora.sequence.guarding import guard, roll_back
 from llava_keeplora.sequence.inference_latency import EXAMPLES, TOKENS, seconds_per_example
 from llava_keeplora.sequence.method_state import MethodState, Outcome, write_if_any
 from llava_keeplora.sequence.passes import task_context
+from llava_keeplora.sequence.second_training import train_again
 from llava_keeplora.sequence.shrinking import shrink
 from llava_keeplora.sequence.train_stage import train
 from llava_keeplora.start import Task
@@ -121,6 +123,7 @@ def _consolidate(state: MethodState, index: int) -> list[Path]:
     # A killed attempt may have left this stage's own state behind, which must not be loaded.
     state.rebuild(index, states=index)
     ctx = task_context(state, index, Stage.CONSOLIDATED)
+    ctx.fit = functools.partial(train_again, state, ctx)
     state.method.after_task(ctx)
     if index and CAPACITY in ctx.report:
         ctx.report[FORECAST] = _forecast(state, index, ctx.report[CAPACITY])

@@ -20,8 +20,7 @@ from llava_keeplora.adapters import (
     save_deltas,
     since_start,
 )
-from llava_keeplora.deepspeed_zero import forget_engine, gathered, number_count, trained_values
-from llava_keeplora.errors import TrainingError
+from llava_keeplora.deepspeed_zero import gathered, number_count, trained_values
 from llava_keeplora.files import write_json
 from llava_keeplora.journal import shrunk
 from llava_keeplora.methods import Mixture, TaskContext
@@ -41,7 +40,7 @@ from llava_keeplora.sequence.method_state import MethodState, Outcome, write_if_
 from llava_keeplora.sequence.mixed_data import MixedData
 from llava_keeplora.sequence.passes import GRADIENT_COST, task_context
 from llava_keeplora.sequence.reporters import end_own_place, give_own_place
-from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, without_timings
+from llava_keeplora.sequence.trainer import Indices, TaskTrainer, check_finite, release, without_timings
 from llava_keeplora.start import Task
 from llava_keeplora.start.training_args import training_arguments
 from llava_keeplora.steps import Budget
@@ -87,7 +86,7 @@ def train(state: MethodState, index: int) -> Outcome:
             history, examples, deltas, extra_state = _train(state, ctx, task, read_deltas)
     finally:
         detach(wrapper)
-    _check_finite(task, history["steps"], deltas, extra_state)
+    check_finite(task.name, history["steps"], deltas, extra_state)
     delta_path, log_path, extra_path = (state.path(index, name) for name in (DELTA, TRAIN, KEPT))
     if context.rank == 0:
         save_deltas(delta_path, deltas)
@@ -148,9 +147,7 @@ def _train(
     }
     examples = _examples(state, index, mixture, history["steps"])
     deltas, extra_state = read_deltas(), state.method.extra_state()
-    trainer.accelerator.free_memory()
-    forget_engine(context.family.model.parameters())
-    context.family.model.eval().requires_grad_(False)
+    release(trainer, context.family.model)
     del trainer
     gc.collect()
     return history, examples, deltas, extra_state
@@ -204,19 +201,6 @@ def _mixed_data(state: MethodState, ctx: TaskContext, mixture: Mixture) -> dict[
         "crops": data if scale else None,
         "data_collator": data.collate,
     }
-
-
-def _check_finite(
-    task: Task, steps: int, deltas: Mapping[str, Delta | FullDelta], extra_state: Mapping[str, Tensor]
-) -> None:
-    values = [(name, value) for name, delta in deltas.items() for value in delta.tensors.values()]
-    for name, value in [*values, *extra_state.items()]:
-        if not torch.isfinite(value).all():
-            raise TrainingError(
-                f"the weights of task '{task.name}' are not finite after its {steps} steps, first in layer "
-                f"{name}",
-                CURE,
-            )
 
 
 def _part_learning_rates(state: MethodState) -> dict[int, float]:

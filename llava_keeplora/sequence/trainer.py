@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 
-from llava_keeplora.deepspeed_zero import is_partitioned
+from llava_keeplora.adapters import Delta, FullDelta
+from llava_keeplora.deepspeed_zero import forget_engine, is_partitioned
 from llava_keeplora.distributed import all_gather_object, sum_over_processes
 from llava_keeplora.errors import ConfigError, MethodError, TrainingError
 from llava_keeplora.methods import Method, TaskContext
@@ -42,6 +43,36 @@ TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second"
 def without_timings(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the Trainer's log without time measurements, so that equal trainings write equal files."""
     return [{key: value for key, value in record.items() if key not in TIMINGS} for record in history]
+
+
+def check_finite(
+    task: str, steps: int, deltas: Mapping[str, Delta | FullDelta], extra_state: Mapping[str, Tensor]
+) -> None:
+    """Check what a training has learned.
+
+    Args:
+        task: the task's name.
+        steps: number of its optimiser steps.
+        deltas: layer name → update.
+        extra_state: what the method learned besides.
+
+    Raises:
+        TrainingError: if a value is not finite.
+    """
+    values = [(name, value) for name, delta in deltas.items() for value in delta.tensors.values()]
+    for name, value in [*values, *extra_state.items()]:
+        if not torch.isfinite(value).all():
+            raise TrainingError(
+                f"the weights of task '{task}' are not finite after its {steps} steps, first in layer {name}",
+                CURE,
+            )
+
+
+def release(trainer: Trainer, model: nn.Module) -> None:
+    """Free what a finished training holds, and freeze the model again; the caller drops the trainer."""
+    trainer.accelerator.free_memory()
+    forget_engine(model.parameters())
+    model.eval().requires_grad_(False)
 
 
 class Indices(torch.utils.data.Dataset):

@@ -166,7 +166,11 @@ def _check_alike(config: RunConfig, tasks: Sequence[Task]) -> None:
     Raises:
         ConfigError: if some tasks have images and others have none.
     """
-    mixing = [label for label, method in config.methods.items() if METHODS[method.method].mixes]
+    made = {
+        label: METHODS[m.method](METHODS[m.method].Options(**m.options))
+        for label, m in config.methods.items()
+    }
+    mixing = [label for label, method in made.items() if method.mixes]
     with_images = [task.name for task in tasks if any(task.train.image_counts)]
     without = [task.name for task in tasks if task.name not in with_images]
     if mixing and with_images and without:

@@ -181,7 +181,8 @@ def test_a_killed_and_an_extended_run_end_as_one_in_one_go(
 ):
     tree = request.getfixturevalue("run_tree" if family == "clip" else "llava_tree")
     tasks = [str(path) for path in (tiny_tasks if family == "clip" else mixed_tasks)[:2]]
-    check_method("task-lora", {"routing": routing}, tree(tmp_path / "run", tasks=tasks))
+    options = {"routing": routing, "router_examples": 0}
+    check_method("task-lora", options, tree(tmp_path / "run", tasks=tasks))
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def estimates(llava_tree, mixed_tasks):
         "condu": {"method": "merge", "rule": "condu"},
         "nearest": {"method": "task-lora"},
         "given": {"method": "task-lora", "routing": "oracle"},
+        "trained": {"method": "task-lora", "routing": "model"},
         "few": {"method": "replay", "general": str(mixed_tasks[2]), "general_examples": 3},
         "all": {"method": "replay", "general": str(mixed_tasks[2])},
     }
@@ -99,7 +100,15 @@ def host(estimate, stage):
 def test_prototypes_are_a_pass_of_features_and_a_row_of_every_task(estimates):
     nearest, given = estimates["nearest"], estimates["given"]
     width = 2 * nearest.family.model.config.text_config.hidden_size  # Means over image and question.
-    assert [("features" in e.stages) for e in estimates.values()] == [False, True, True, False, False, False]
+    assert [("features" in e.stages) for e in estimates.values()] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
     examples = max(work.train for work in nearest.work)
     # The examples' features once more as one matrix, beside the first task's prototype.
     assert host(nearest, "features") == host(given, "load") - 4 * 2 * given.delta_numbers + 4 * width * (
@@ -144,3 +153,10 @@ def test_general_data_count_as_images_and_as_examples_that_a_step_may_have(estim
     assert every._images - mean._images == every.general.train * image
     assert every.trained is every.general and every._batch()["input_ids"].shape[1] == every.general.tokens
     assert few.trained is few.largest, "three of them are less than a whole batch of the tasks'"
+
+
+def test_the_router_that_a_model_is_trained_to_be_is_kept_once_and_none_before_there_is_a_choice(estimates):
+    trained, given = estimates["trained"], estimates["given"]
+    numbers = sum(4 * layer.rank * sum(layer.module.weight.shape) for layer in trained.layers.values())
+    assert [trained.state_bytes(tasks) for tasks in (1, 2, 3)] == [0, numbers, numbers]
+    assert trained.stages == given.stages
