@@ -15,7 +15,6 @@ from llava_keeplora.compare.jobs import Job, make_job
 from llava_keeplora.compare.table import Table, merged
 from llava_keeplora.config import RunConfig, parse_config
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import Method
 from llava_keeplora.registries import METHODS
 from llava_keeplora.report.resources import other_budget, usual_budget
 from llava_keeplora.steps import Budget, optimiser_steps
@@ -122,7 +121,7 @@ def trained_examples(config: RunConfig, label: str, sizes: dict[Any, int] | None
     return own + sum(budget.seen for budget in further if budget)
 
 
-def _method(config: RunConfig, label: str) -> Method:
+def _method(config: RunConfig, label: str) -> Any:
     """Return a row's method with its options."""
     settings = config.methods[label]
     cls = METHODS[settings.method]
