@@ -22,7 +22,7 @@ def answer(
     batch_size: int,
     device: torch.device,
     made_by: Mapping[str, Any] | None = None,
-    otherwise: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, str]:
     """Return id → answer of every example, those that the file has already from there.
 
@@ -35,12 +35,12 @@ def answer(
         batch_size: examples per forward pass.
         device: the model's.
         made_by: see `predict_to_file`.
-        otherwise: whether to answer with batches of half the size and with products in bfloat16, to see how
-            much the score of one and the same model moves.
+        dtype: the precision of products; the model's when None.
     """
-    size = other_size(batch_size) if otherwise else batch_size
-    with torch.autocast(device.type, torch.bfloat16, enabled=otherwise):
-        predict_to_file(predictor, data, path, size, made_by=made_by, shard=(get_rank(), get_world_size()))
+    with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        predict_to_file(
+            predictor, data, path, batch_size, made_by=made_by, shard=(get_rank(), get_world_size())
+        )
     all_gather_object(None)
     if is_main_process():
         join_shards(path, data)
@@ -48,6 +48,6 @@ def answer(
     return read_predictions(path, data)
 
 
-def other_size(batch_size: int) -> int:
-    """Return the batch size of answers `otherwise`."""
-    return max(1, batch_size // 2)
+def model_dtype(model: torch.nn.Module) -> torch.dtype:
+    """Return the data type of a model's weights; of quantised ones, that of the rest."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

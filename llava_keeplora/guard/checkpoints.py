@@ -15,15 +15,16 @@ import torch
 from llava_keeplora.config.guard import DropLimit
 from llava_keeplora.errors import ConfigError, UserError
 from llava_keeplora.files import write_json
-from llava_keeplora.guard.answering import answer, other_size
+from llava_keeplora.guard.answering import answer, model_dtype
 from llava_keeplora.guard.judge import WATCH, Limit, judge
+from llava_keeplora.guard.noise import Variant, noise_examples, noise_record, variants
+from llava_keeplora.guard.watch import check_names, load_watch
 from llava_keeplora.run_folder import GUARD, THEN, file_name
-from llava_keeplora_eval.models import ADAPTER, load_predictor, made_by
-from llava_keeplora_eval.paired_scores import check_comparable, paired_change
+from llava_keeplora_eval.models import ADAPTER, adapter_base, load_predictor, made_by, model_family
+from llava_keeplora_eval.paired_scores import check_comparable
 from llava_keeplora_eval.predictors import default_device
 from llava_keeplora_eval.preparation import check_questions
-from llava_keeplora_eval.references import metric_of
-from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_split
+from llava_keeplora_recipes import Recipe, TaskData, load_recipe
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,10 @@ def compare_checkpoints(given: Comparison, watch: Sequence[str]) -> dict[str, An
         ConfigError: the guard can't be evaluated.
     """
     try:
-        splits = [load_split(recipe, "test", given.data_root) for recipe in load_recipes(watch)]
+        for model in (given.base, given.tuned):
+            _check_model(model, given)
+        splits = [load_watch(recipe, None, given.data_root) for recipe in load_recipes(watch)]
         for data in splits:
-            metric_of(data.recipe).check_installed()
             check_comparable(data)
         limits = [_limit(given, data) for data in splits]
     except UserError as error:
@@ -81,45 +83,74 @@ def load_recipes(watch: Sequence[str]) -> list[Recipe]:
         ConfigError: two have the same name, and would count as two limits.
     """
     recipes = [load_recipe(task) for task in watch]
-    names = [recipe.name for recipe in recipes]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"--watch has the recipe '{twice[0]}' twice", "name it once")
+    check_names([recipe.name for recipe in recipes], key="--watch")
     return recipes
 
 
+def _check_model(model: str, given: Comparison) -> None:
+    """Refuse a model that is not there or of no supported family before the other one answers.
+
+    Raises:
+        EvalError: with the reason.
+    """
+    source, revision = adapter_base(model, _put_on(model, given)) or (model, None)
+    model_family(source, revision)
+
+
 def _limit(given: Comparison, data: TaskData) -> Limit:
-    before = _answers(given, given.base, "base", data)
-    after = _answers(given, given.tuned, "tuned", data)
-    again = _answers(given, given.base, "noise", data, otherwise=True)
-    noise = abs(paired_change(data, before, again, 0.95).points)
+    before, noise = _answers_of_base(given, data)
+    answerer = _Answerer(given, given.tuned, data)
+    after = answerer.answers(data, "tuned", given.batch_size)
     least = DropLimit(given.max_drop).least
     assert least is not None, "a number was given"
     return Limit(WATCH, data, before, after, least, noise)
 
 
-def _answers(
-    given: Comparison, model: str, folder: str, data: TaskData, otherwise: bool = False
-) -> dict[str, str]:
-    """Return a model's answers, from its file as far as they are there.
+def _answers_of_base(given: Comparison, data: TaskData) -> tuple[dict[str, str], float]:
+    """Return the base's answers and its noise in points."""
+    base, few = _Answerer(given, given.base, data), noise_examples(data)
+    before = base.answers(data, "base", given.batch_size)
+    again = {
+        variant.name: base.answers(few, "noise", variant.batch_size, variant)
+        for variant in variants(given.batch_size, model_dtype(base.predictor.model))
+    }
+    return before, float(noise_record(few, before, again)["points"])
 
-    The file is named after the model's content and the data's, so that a changed model, or a changed recipe,
-    is answered anew, and the base is not.
+
+class _Answerer:
+    """One of the two models, with what it needs to answer a recipe.
 
     Args:
-        given, data: what is compared, and the examples.
+        given: what is compared.
         model: the model.
-        folder: where its answers are kept.
-        otherwise: whether to answer with other batches, in another precision.
+        data: examples of the recipe.
     """
-    base = given.base if folder == "tuned" and _is_adapter_of(given) else None
-    device = torch.device(default_device())
-    predictor = load_predictor(model, data.recipe, str(device), given.max_new_tokens, base)
-    check_questions(predictor.preparation, data)
-    maker = made_by(model, predictor, base)
-    if otherwise:
-        maker |= {"noise": f"batches of {other_size(given.batch_size)}, bfloat16"}
-    path = given.into / folder / f"{file_name(data.recipe.name)}-{_key(maker, data)}.jsonl"
-    return answer(predictor, data, path, given.batch_size, device, maker, otherwise)
+
+    def __init__(self, given: Comparison, model: str, data: TaskData):
+        base, self.into, self.device = _put_on(model, given), given.into, torch.device(default_device())
+        self.predictor = load_predictor(model, data.recipe, str(self.device), given.max_new_tokens, base)
+        check_questions(self.predictor.preparation, data)
+        self.maker = made_by(model, self.predictor, base)
+
+    def answers(
+        self, data: TaskData, folder: str, batch_size: int, variant: Variant | None = None
+    ) -> dict[str, str]:
+        """Return id → answer, from their file as far as they are there.
+
+        The file is named after the model's content and the data's, so that a changed model, or a changed
+        recipe, is answered anew, and the base is not.
+
+        Args:
+            data: the examples.
+            folder: where the answers are kept.
+            batch_size: examples per forward pass.
+            variant: of answers that measure the noise, what is different.
+        """
+        maker, dtype = self.maker, variant and variant.dtype
+        if variant:
+            maker = maker | {"noise": f"batches of {batch_size}{f', {dtype}' if dtype else ''}"}
+        path = self.into / folder / f"{file_name(data.recipe.name)}-{_key(maker, data)}.jsonl"
+        return answer(self.predictor, data, path, batch_size, self.device, maker, dtype)
 
 
 def _key(maker: Mapping[str, Any], data: TaskData) -> str:
@@ -128,10 +159,10 @@ def _key(maker: Mapping[str, Any], data: TaskData) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _is_adapter_of(given: Comparison) -> bool:
-    """Return whether the tuned model is an adapter and the base a whole model, which it is put on."""
+def _put_on(model: str, given: Comparison) -> str | None:
+    """Return what an adapter is put on: a base that is a whole model; what the adapter names when None."""
     tuned, base = ((Path(name) / ADAPTER).is_file() for name in (given.tuned, given.base))
-    return tuned and not base
+    return given.base if model == given.tuned and tuned and not base else None
 
 
 def append_step_summary(text: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+from collections.abc import Iterable
 
+from llava_keeplora.errors import ConfigError
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.references import check_references, metric_inputs, metric_of
 from llava_keeplora_recipes import Recipe, TaskData, load_split
@@ -33,6 +35,37 @@ def load_watch(
     if warning := check_references(data):
         log.warning(warning)
     return data
+
+
+def check_names(watched: Iterable[str], tasks: Iterable[str] = (), key: str = "guard.watch") -> None:
+    """Refuse a recipe that is watched twice, is a task, or is that of two tasks: a name has one limit.
+
+    Args:
+        watched: names of the watched recipes.
+        tasks: names of the tasks' recipes.
+        key: where the recipes are listed.
+
+    Raises:
+        ConfigError: naming the recipe.
+    """
+    seen: set[str] = set()
+    learned: set[str] = set()
+    for name in tasks:
+        if name in learned:
+            raise ConfigError(f"two tasks have the recipe '{name}'", "give one of the two another name")
+        learned.add(name)
+    for name in watched:
+        if name in learned:
+            raise ConfigError(
+                f"the guard watches '{name}', a task of the run, and no method learns what it watches",
+                f"remove it from {key} (old_tasks judges it), or give the recipe another name",
+            )
+        if name in seen:
+            raise ConfigError(
+                f"the guard watches '{name}' twice, and each watched recipe has a name of its own",
+                f"remove one from {key}, or give one another name",
+            )
+        seen.add(name)
 
 
 def chosen(data: TaskData, count: int) -> TaskData:

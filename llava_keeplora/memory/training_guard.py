@@ -17,10 +17,11 @@ from llava_keeplora.distributed import all_gather_object, is_main_process
 from llava_keeplora.errors import ConfigError, GuardError, RunError, UserError
 from llava_keeplora.files import write_json
 from llava_keeplora.guard import NEW, OLD, WATCH, Limit, headline, judge, verdict_lines
-from llava_keeplora.guard.answering import answer
-from llava_keeplora.guard.watch import load_watch
+from llava_keeplora.guard.answering import answer, model_dtype
+from llava_keeplora.guard.noise import noise_examples, noise_record, variants
+from llava_keeplora.guard.watch import check_names, load_watch
 from llava_keeplora.run_folder import GUARD, STOP, THEN, WARN, file_name
-from llava_keeplora_eval.paired_scores import check_comparable, paired_change
+from llava_keeplora_eval.paired_scores import check_comparable
 from llava_keeplora_eval.predictions import read_predictions
 from llava_keeplora_eval.predictors import Predictor
 from llava_keeplora_eval.scoring import score
@@ -56,23 +57,41 @@ class RecipeAnswers:
 
     def of(self, model: nn.Module, data: TaskData, when: str) -> dict[str, str]:
         """Return id → answer; answers that are there already are kept."""
+        return self._answer(model, data, self._path(data, when), self.batch_size)
+
+    def make_noise(self, model: nn.Module, data: TaskData) -> None:
+        """Answer again with other batches and in another precision, for `noise`."""
+        few = noise_examples(data)
+        for variant in variants(self.batch_size, model_dtype(model)):
+            path = self._path(data, NOISE, f".{variant.name}")
+            self._answer(model, few, path, variant.batch_size, variant.dtype)
+
+    def _answer(
+        self, model: nn.Module, data: TaskData, path: Path, batch_size: int, dtype: torch.dtype | None = None
+    ) -> dict[str, str]:
         assert self.predictor is not None, "checked with the recipes"
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        path, predictor = self._path(data, when), self.predictor(model, data.recipe)
-        return answer(predictor, data, path, self.batch_size, device, otherwise=when == NOISE)
+        return answer(self.predictor(model, data.recipe), data, path, batch_size, device, dtype=dtype)
 
     def score(self, model: nn.Module, data: TaskData, when: str) -> float:
         """Return the score of the answers, in percent."""
         self.of(model, data, when)
         return score(data, self._path(data, when)).score
 
-    def recorded(self, data: TaskData, when: str) -> dict[str, str]:
+    def noise(self, data: TaskData) -> float:
+        """Return the noise in points, from the answers as recorded earlier; see `recorded`."""
+        few, before = noise_examples(data), self.recorded(data, BEFORE)
+        names = [variant.name for variant in variants(self.batch_size, torch.float32)]
+        again = {name: self.recorded(few, NOISE, f".{name}") for name in names}
+        return float(noise_record(few, before, again)["points"])
+
+    def recorded(self, data: TaskData, when: str, variant: str = "") -> dict[str, str]:
         """Return id → answer as recorded earlier.
 
         Raises:
             RunError: some are missing.
         """
-        answers = read_predictions(self._path(data, when), data)
+        answers = read_predictions(self._path(data, when, variant), data)
         if len(answers) < len(data):
             raise RunError(
                 f"the guard has {len(answers)} of {len(data)} answers to {data.recipe.name} from before the "
@@ -81,8 +100,8 @@ class RecipeAnswers:
             )
         return answers
 
-    def _path(self, data: TaskData, when: str) -> Path:
-        return self.folder / when / f"{file_name(data.recipe.name)}.jsonl"
+    def _path(self, data: TaskData, when: str, variant: str = "") -> Path:
+        return self.folder / when / f"{file_name(data.recipe.name)}{variant}.jsonl"
 
 
 def load_recipes(scores: Mapping[str, Any], data_root: str | None) -> dict[str, TaskData]:
@@ -129,9 +148,9 @@ class TrainingGuard:
                 check_comparable(data)
         except UserError as error:
             raise ConfigError(f"the guard can't be evaluated: {error.problem}", error.cure) from error
-        names = [data.recipe.name for data in (*self.tasks.values(), *self.watched)]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ConfigError(f"the recipe '{twice[0]}' is scored or watched twice", "remove one of the two")
+        check_names(
+            [data.recipe.name for data in self.watched], [data.recipe.name for data in self.tasks.values()]
+        )
 
     def begin(self, model: nn.Module, learned: Sequence[str]) -> None:
         """Answer with the model before the training, and measure its noise.
@@ -142,7 +161,7 @@ class TrainingGuard:
         """
         for _, data, _ in self._judged(learned):
             self.answers.of(model, data, BEFORE)
-            self.answers.of(model, data, NOISE)
+            self.answers.make_noise(model, data)
 
     def check_begun(self, learned: Sequence[str]) -> None:
         """Check that a training that goes on from a checkpoint has its answers from before.
@@ -152,15 +171,15 @@ class TrainingGuard:
         """
         for _, data, _ in self._judged(learned):
             self.answers.recorded(data, BEFORE)
-            self.answers.recorded(data, NOISE)
+            self.answers.noise(data)
 
     def judge(self, model: nn.Module, learned: Sequence[str]) -> dict[str, Any]:
         """Answer with the model after the training, and return and write the verdict."""
         limits = []
         for of, data, least in self._judged(learned):
             before = self.answers.recorded(data, BEFORE)
-            noise = abs(paired_change(data, before, self.answers.recorded(data, NOISE), 0.95).points)
-            limits.append(Limit(of, data, before, self.answers.of(model, data, AFTER), least, noise))
+            after, noise = self.answers.of(model, data, AFTER), self.answers.noise(data)
+            limits.append(Limit(of, data, before, after, least, noise))
         verdict = judge(self.after, limits, self.settings.confidence)
         verdict |= {THEN: None if verdict["ship"] else self.settings.on_failure}
         if is_main_process():

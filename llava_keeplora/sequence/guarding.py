@@ -11,8 +11,9 @@ import torch
 
 from llava_keeplora.files import write_json
 from llava_keeplora.guard import NEW, OLD, WATCH, Limit, judge, verdict_lines
-from llava_keeplora.guard.watch import chosen
+from llava_keeplora.guard.noise import NOISE_EXAMPLES, Variant, noise_examples, noise_record, variants
 from llava_keeplora.journal import Journal, retried, shrunk
+from llava_keeplora.models import DTYPES
 from llava_keeplora.run_folder import (
     ASIDE,
     GUARD,
@@ -32,11 +33,7 @@ from llava_keeplora.sequence.method_state import MethodState, Outcome
 from llava_keeplora.sequence.shrinking import cost_of_shrinking, search
 from llava_keeplora.start import Task
 from llava_keeplora_eval.paired_bootstrap import Outcome as LimitOutcome
-from llava_keeplora_eval.paired_scores import paired_change
 from llava_keeplora_eval.predictions import read_predictions
-
-#: Most examples of a recipe on which the noise is measured.
-NOISE_EXAMPLES = 200
 
 
 def guard(state: MethodState, index: int) -> Outcome:
@@ -143,28 +140,17 @@ def _noise(state: MethodState) -> dict[str, float]:
 def _write_noise(state: MethodState, record: Path) -> list[Path]:
     """Score the base again with other batches and another precision, and write by how much that differs."""
     context, paths, noise = state.context, [], {}
-    points: dict[str, float]
-    size = context.config.evaluation.batch_size
-    batch, dtype = size // 2 if size > 1 else 2, _other_dtype(state)
-    variants = {"batches": (batch, None), "precision": (size, dtype)}
+    others = variants(context.config.evaluation.batch_size, DTYPES[context.config.model.dtype])
     for task in _judged(state):
         before = read_answers(state, 0, task, WATCHED if task in context.watched else PREDICTIONS)
-        few = Task(task.recipe, task.train, chosen(task.test, NOISE_EXAMPLES))
-        points, flipped = {}, []
-        for name, variant in variants.items():
-            paths.append(state.path(0, WATCHED) / f"{file_name(task.name)}.{name}.jsonl")
-            _answer_otherwise(state, few, paths[-1], *variant)
-            after = read_predictions(paths[-1], few.test)
-            points[name] = abs(paired_change(few.test, before, after, 0.95).points)
-            flipped.append(sum(before[key] != after[key] for key in after))
-        noise[task.name] = {
-            "points": max(points.values()),
-            "flips": max(flipped),
-            "n": len(few.test),
-            "by": points,
-        }
+        few, again = Task(task.recipe, task.train, noise_examples(task.test)), {}
+        for variant in others:
+            paths.append(state.path(0, WATCHED) / f"{file_name(task.name)}.{variant.name}.jsonl")
+            _answer_otherwise(state, few, paths[-1], variant)
+            again[variant.name] = read_predictions(paths[-1], few.test)
+        noise[task.name] = noise_record(few.test, before, again)
     if context.rank == 0:
-        dtype_name = str(dtype).removeprefix("torch.")
+        batch, dtype_name = others[0].batch_size, str(others[1].dtype).removeprefix("torch.")
         write_json(record, {"noise": noise, "batch_size": batch, "dtype": dtype_name})
         worst = max(noise, key=lambda name: float(noise[name]["points"]))
         context.progress.note(
@@ -176,22 +162,15 @@ def _write_noise(state: MethodState, record: Path) -> list[Path]:
     return paths
 
 
-def _other_dtype(state: MethodState) -> torch.dtype:
-    """Return a precision of products other than the model's."""
-    return torch.float16 if state.context.config.model.dtype == "bfloat16" else torch.bfloat16
-
-
-def _answer_otherwise(
-    state: MethodState, task: Task, path: Path, batch: int, dtype: torch.dtype | None
-) -> None:
-    """Write the base's answers with another size of batches or, unless None, another precision."""
-    context = state.context
+def _answer_otherwise(state: MethodState, task: Task, path: Path, variant: Variant) -> None:
+    """Write the base's answers with another size of batches or in another precision."""
+    context, dtype = state.context, variant.dtype
     state.rebuild(0)
     with (
         context.zero.engaged(context.family.model),
         torch.autocast(context.device.type, dtype or torch.bfloat16, enabled=dtype is not None),
     ):
-        predict_whole(state, 0, task, path, batch)
+        predict_whole(state, 0, task, path, variant.batch_size)
 
 
 # --- the rollback --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from llava_keeplora.config import RunConfig, WatchConfig
 from llava_keeplora.errors import ConfigError, UserError
-from llava_keeplora.guard.watch import load_watch
+from llava_keeplora.guard.watch import check_names, load_watch
 from llava_keeplora.objects import Objects
 from llava_keeplora.start.tasks import Task
 from llava_keeplora_eval.paired_scores import check_comparable
@@ -34,18 +34,8 @@ def load_watched(config: RunConfig, tasks: Sequence[Task], objects: Objects = Ob
                 check_comparable(task.held_out)
     except UserError as error:
         raise ConfigError(f"the guard can't be evaluated: {error.problem}", error.cure) from error
-    learned, names = [task.name for task in tasks], [task.name for task in watched]
+    check_names([task.name for task in watched], [task.name for task in tasks])
     for task in watched:
-        if task.name in learned:
-            raise ConfigError(
-                f"the guard watches '{task.name}', a task of the run, and no method learns what it watches",
-                "remove it from guard.watch (old_tasks judges it), or give the recipe another name",
-            )
-        if names.count(task.name) > 1:
-            raise ConfigError(
-                f"the guard watches '{task.name}' twice, and each watched recipe has a name of its own",
-                "remove one from guard.watch, or give one another name",
-            )
         for other in tasks:
             if shared := shared_images(task.test, other.train):
                 log.warning("the guard's %s and the training data of %s: %s", task.name, other.name, shared)

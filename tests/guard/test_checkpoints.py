@@ -39,8 +39,9 @@ def judged(into: Path, base: Path, tuned: Path, *watch: str) -> int:
 
 
 def test_no_drop_at_all_is_a_change_of_at_least_0(monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoints, "_answers", lambda *asked, **how: {})
-    monkeypatch.setattr(checkpoints, "paired_change", lambda *answers: SimpleNamespace(points=0.0))
+    monkeypatch.setattr(checkpoints, "_answers_of_base", lambda *asked: ({}, 0.0))
+    answerer = SimpleNamespace(answers=lambda *asked: {})
+    monkeypatch.setattr(checkpoints, "_Answerer", lambda *asked: answerer)
     limit = checkpoints._limit(checkpoints.Comparison("base", "tuned", 0.0, 0.95, tmp_path), None)
     assert f"{limit.least:+g}" == "+0"
 
@@ -59,7 +60,7 @@ def test_a_model_that_did_not_change_ships_and_its_answers_are_kept(
     judged(tmp_path / "same", tiny_clip, broken, watched)
     assert "4 worse, 2 better" in capsys.readouterr().out
     count = Counter(p.parent.name for p in (tmp_path / "same").rglob("*.jsonl"))
-    assert count == {"base": 1, "tuned": 2, "noise": 1}
+    assert count == {"base": 1, "tuned": 2, "noise": 2}
 
 
 def other_model(source: Path, path: Path) -> Path:
@@ -99,6 +100,41 @@ def test_a_recipe_that_is_gone_is_code_2_and_one_sentence(tiny_clip, tmp_path, c
     assert (tmp_path / "step.md").read_text().startswith("## No verdict\n\nthe guard can't be evaluated")
 
 
+@pytest.mark.parametrize("which", ["base", "tuned"])
+@pytest.mark.parametrize("name", ["/gone", "./gone", "~/gone", "a/b/gone", "here/gone", "tinyclip"])
+def test_a_model_that_is_not_there_is_refused_before_the_other_one_answers(
+    which, name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(checkpoints, "answer", lambda *asked: pytest.fail("a model has answered"))
+    models = {"base": "tiny-clip", "tuned": "tiny-clip"} | {which: name}
+    words = [f"--{key}={value}" for key, value in models.items()]
+    assert main(["guard", *words, "--watch", "shapes", "--into", "judged"]) == 2
+    error = capsys.readouterr().err
+    assert f"there is no {'model' if name == 'tinyclip' else 'folder'} '{name}'" in error
+    assert error.count("\n") == 1
+
+
+def test_an_adapter_whose_own_base_is_gone_is_refused_before_the_base_answers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoints, "answer", lambda *asked: pytest.fail("a model has answered"))
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        config = {"base_model_name_or_path": str(tmp_path / "gone")}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    assert judged(tmp_path / "judged", tmp_path / "first", tmp_path / "second", "shapes") == 2
+    assert f"there is no folder '{tmp_path / 'gone'}'" in capsys.readouterr().err
+
+
+def test_examples_that_can_get_no_points_are_a_warning(tiny_clip, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_limit", lambda given, data: None)
+    monkeypatch.setattr(checkpoints, "judge", lambda *given: {})
+    monkeypatch.setattr("llava_keeplora.guard.watch.check_references", lambda data: "1 of 9 get 0")
+    given = checkpoints.Comparison(str(tiny_clip), str(tiny_clip), 1.0, 0.95, tmp_path)
+    checkpoints.compare_checkpoints(given, ["shapes"])
+    assert "1 of 9 get 0" in caplog.text
+
+
 def test_text_of_a_model_is_no_markup_of_the_summary():
     limit = {
         "of": "watch task",
@@ -135,7 +171,10 @@ def test_text_of_a_model_is_no_markup_of_the_summary():
         (["--batch-size", "0"], "batch_size must be at least 1 (got 0)"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1 (got 0)"),
         (["--max-drop", "-1"], "max_drop must be 0 or more percentage points (got -1.0)"),
-        (["--watch", "shapes", "shapes"], "--watch has the recipe 'shapes' twice; name it once"),
+        (
+            ["--watch", "shapes", "shapes"],
+            "the guard watches 'shapes' twice, and each watched recipe has a name of its own; remove one from --watch",
+        ),
     ],
 )
 @pytest.mark.parametrize("init", [[], ["init"]])

@@ -236,7 +236,8 @@ def test_a_guard_that_cannot_be_evaluated_is_refused_before_the_training(tmp_pat
 
     refused("on_failure is rollback.*cancel_task", on_failure="rollback")
     refused("can't be evaluated: there is no recipe", watch=["gone.yaml"])
-    refused("'digits' is scored or watched twice", watch=["digits"])
+    refused("watches 'digits', a task of the run", watch=["digits"])
+    refused("two tasks have the recipe 'digits'", {"shapes": "digits", "digits": "digits"})
     refused("limit for 'digits'", {"shapes": "shapes", "digits": len}, old_tasks={"max_drop": 1.0})
     refused("limit for 'shapes'", {"shapes": len}, new_task={"min_gain": 1.0})
     with pytest.raises(ConfigError, match="no limit"):
