@@ -66,6 +66,33 @@ def caption_scores(
         EvalError: pycocoevalcap is missing, Java is missing for METEOR, or an example has no reference.
     """
     require(with_meteor)
+    said, gold, tokenizer = _tokenized(captions, references)
+    scores = _by_pycocoevalcap(said, gold)
+    if with_meteor:
+        scores["meteor"] = java.meteor(java.find_jar(java.METEOR), said, gold)
+    if len(weightless(gold)) == len(gold):
+        scores["cider_note"] = (
+            f"0 for any caption, because all references of the {len(gold)} scored say the same"
+        )
+    return scores | {"tokenizer": tokenizer}
+
+
+def rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Return ROUGE-L of each caption, 0 to 1; their mean is the set's. See `caption_scores`."""
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    said, gold, _ = _tokenized(captions, references)
+    return [float(score) for score in Rouge().compute_score(*_numbered(gold, said))[1]]
+
+
+def _tokenized(
+    captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]], str]:
+    """Return the tokens of the captions and of the references that have any, and which tokenizer it was.
+
+    Raises:
+        EvalError: an example has no reference with a word in it.
+    """
     flat = [*captions, *(text for texts in references for text in texts)]
     tokens, tokenizer = tokenize(flat)
     remaining = iter(tokens[len(captions) :])
@@ -76,14 +103,7 @@ def caption_scores(
             "captions are scored against references",
             "check the recipe's answer column",
         )
-    scores = _by_pycocoevalcap(tokens[: len(captions)], gold)
-    if with_meteor:
-        scores["meteor"] = java.meteor(java.find_jar(java.METEOR), tokens[: len(captions)], gold)
-    if len(weightless(gold)) == len(gold):
-        scores["cider_note"] = (
-            f"0 for any caption, because all references of the {len(gold)} scored say the same"
-        )
-    return scores | {"tokenizer": tokenizer}
+    return tokens[: len(captions)], gold, tokenizer
 
 
 def weightless(references: Sequence[Sequence[str]]) -> list[int]:
@@ -109,8 +129,7 @@ def _by_pycocoevalcap(captions: list[str], references: list[list[str]]) -> dict:
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    gold = dict(enumerate(references))
-    said = {i: [caption] for i, caption in enumerate(captions)}
+    gold, said = _numbered(references, captions)
     with contextlib.redirect_stdout(io.StringIO()):  # Bleu prints its counts
         bleu = Bleu(4).compute_score(gold, said)[0]
     return {
@@ -118,6 +137,13 @@ def _by_pycocoevalcap(captions: list[str], references: list[list[str]]) -> dict:
         "rouge_l": float(Rouge().compute_score(gold, said)[0]),
         "cider": float(Cider().compute_score(gold, said)[0]),
     }
+
+
+def _numbered(
+    references: list[list[str]], captions: list[str]
+) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Return both as pycocoevalcap takes them."""
+    return dict(enumerate(references)), {i: [caption] for i, caption in enumerate(captions)}
 
 
 def ucit_mean(scores: dict) -> float:

@@ -156,7 +156,11 @@ def _resampled_means(differences: np.ndarray, seed: int) -> np.ndarray:
 
 
 def rescored_change(
-    scores: Callable[[Sequence[int]], tuple[float, float]], n: int, level: float, seed: int = 0
+    scores: Callable[[Sequence[int]], tuple[float, float]],
+    n: int,
+    level: float,
+    seed: int = 0,
+    added: int = 0,
 ) -> Change:
     """Return the change of a score that is no mean over examples, such as CIDEr or F1.
 
@@ -168,6 +172,7 @@ def rescored_change(
         n: number of examples, or of groups that are only scored together.
         level: of each bound.
         seed: of the resampling.
+        added: number of positions from n on that are drawn as well, and are not in the change itself.
 
     Raises:
         EvalError: there are fewer than `LEAST_RESCORED` examples.
@@ -182,7 +187,7 @@ def rescored_change(
     rng, quantile = np.random.default_rng(seed), NormalDist().inv_cdf(level)
     changes = []
     for _ in range(RESCORINGS):
-        first, second = scores(rng.integers(n, size=n).tolist())
+        first, second = scores(rng.integers(n + added, size=n).tolist())
         changes.append(second - first)
     error, change = float(np.std(changes, ddof=1)), after - before
     low, high = change - quantile * error, change + quantile * error

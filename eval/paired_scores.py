@@ -80,20 +80,31 @@ def paired_change(
     references, inputs = accepted_texts(data), metric_inputs(data, record)
     texts = [_in_order(data, answers) for answers in (before, after)]
     if _is_mean(record):
-        units = (record.unit_scores(side, references, **inputs) for side in texts)
-        first, second = ([part * record.to_percent for part in side.contributions] for side in units if side)
-        return mean_change(first, second, level, seed)
+        first, second = (record.unit_scores(side, references, **inputs) for side in texts)
+        assert first and second, "the metric is a mean"
+        before, after = (
+            [record.to_percent * part for part in each.contributions] for each in (first, second)
+        )
+        return mean_change(before, after, level, seed, record.to_percent * first.span)
 
     def scores(rows: Sequence[int]) -> tuple[float, float]:
-        given = {key: [values[i] for i in rows] for key, values in inputs.items()}
-        wanted = [references[i] for i in rows]
-        first, second = (
-            record.compute([side[i] for i in rows], wanted, **given)[record.name] * record.to_percent
-            for side in texts
-        )
-        return first, second
+        """Return both scores of some examples; the last two rows stand for the added pair of `mean_change`.
 
-    return rescored_change(scores, len(data), level, seed)
+        Without them equal answers would have an interval of width 0. Each is an example that was drawn as
+        well, with a right answer before and an empty one after, or the reverse.
+        """
+        at = [row if row < len(data) else rows[place - 1] % len(data) for place, row in enumerate(rows)]
+        given = {key: [values[i] for i in at] for key, values in inputs.items()}
+        wanted, sides = [references[i] for i in at], [[side[i] for i in at] for side in texts]
+        for place, row in enumerate(rows):
+            if row >= len(data):
+                sides[row - len(data)][place], sides[len(data) - row + 1][place] = wanted[place][0], ""
+        before, after = (
+            record.compute(side, wanted, **given)[record.name] * record.to_percent for side in sides
+        )
+        return before, after
+
+    return rescored_change(scores, len(data), level, seed, added=2)
 
 
 def flips(data: TaskData, before: Mapping[str, str], after: Mapping[str, str], most: int = 10) -> list[Flip]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llava_keeplora_eval import caption_scores, ptb
 from llava_keeplora_eval.metrics.corpus import CorpusMetric
 from llava_keeplora_eval.metrics.records import Answers
+from llava_keeplora_eval.metrics.units import UnitScores
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,33 @@ class CaptionMetric(CorpusMetric):
         return bool(_without_words(_tokens(references)))
 
 
+@dataclass(frozen=True)
+class MeanOfCaptions(CaptionMetric):
+    """A metric of captions whose score is the mean over single captions.
+
+    Args:
+        by_caption: function of the captions and the references that returns each caption's score, 0 to 1.
+    """
+
+    by_caption: Callable[[Sequence[str], Sequence[Answers]], list[float]] = caption_scores.rouge_l
+
+    def unit_scores(
+        self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
+    ) -> UnitScores:
+        """See ``MetricRecord.unit_scores``; each caption is a unit."""
+        self._check_given(predictions, references, inputs)
+        what = f"{len(predictions)} predictions"
+        scores = self._call(self.by_caption, what, predictions, references)
+        return UnitScores(self.units(len(scores)), scores, [1 / len(scores)] * len(scores))
+
+    def example_scores(
+        self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
+    ) -> list[float]:
+        """See ``MetricRecord.example_scores``."""
+        scores = self.unit_scores(predictions, references, **inputs).scores
+        return [score * self.to_percent for score in scores]
+
+
 def _tokens(references: Sequence[Answers]) -> list[list[str]]:
     return [[ptb.without_punctuation(ptb.tokenize(text)) for text in texts] for texts in references]
 
@@ -93,7 +121,7 @@ _SOURCE = (
 )
 
 METRICS = (
-    CaptionMetric(
+    MeanOfCaptions(
         "caption_rouge_l",
         1,
         caption_rouge_l,

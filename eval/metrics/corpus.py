@@ -1,4 +1,4 @@
-"""Metrics whose score is no mean over examples."""
+"""Metrics whose function scores all answers together, most of which are no means over examples."""
 
 from __future__ import annotations
 

@@ -115,6 +115,11 @@ class UnitScores:
             return self.scores
         return [score * weight * count for score, weight in zip(self.scores, self.weights, strict=True)]
 
+    @property
+    def span(self) -> float:
+        """The largest possible contribution of a unit."""
+        return max(self.weights) * len(self.weights)
+
 
 @dataclass(frozen=True)
 class Answered:
