@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,13 +173,14 @@ class Matrix:
         first = [] if self.zero_shot is None else [(ZERO_SHOT, self.zero_shot)]
         return first + ([(BOUND, self.rows[-1])] if self.bound else list(zip(self.tasks, self.rows)))
 
-    def markdown(self, precision: int = 1) -> str:
+    def markdown(self, precision: int = 1, marks: Mapping[str, str] = {}) -> str:
         """Return a Markdown table: zero-shot row, a row per stage, then Transfer, Average and Last per task.
 
         A cell without a score is ``-``; an undefined number, or one that needs such a cell, is ``n/a``.
 
         Args:
             precision: number of decimals; means are taken before rounding.
+            marks: task → what is said of the row after it, in parentheses.
         """
         lines = [
             _line(["after", *map(markdown_text, self.tasks), "mean"]),
@@ -189,7 +191,7 @@ class Matrix:
             lines.append(
                 _line(
                     [
-                        markdown_text(name),
+                        markdown_text(marked(name, marks)),
                         *(format_number(v, precision, MISSING) for v in row),
                         format_number(mean, precision),
                     ]
@@ -287,6 +289,11 @@ class Matrix:
                 "use the version of the package that wrote it",
             )
         return cls(record["tasks"], record["zero_shot"], record["rows"])
+
+
+def marked(name: str, marks: Mapping[str, str]) -> str:
+    """Return a row's name with what is said of it in parentheses, if anything is."""
+    return f"{name} ({marks[name]})" if name in marks else name
 
 
 def format_number(value: float | None, precision: int = 1, absent: str = NOT_AVAILABLE) -> str:

@@ -80,12 +80,10 @@ def paired_change(
     references, inputs = accepted_texts(data), metric_inputs(data, record)
     texts = [_in_order(data, answers) for answers in (before, after)]
     if _is_mean(record):
-        first, second = (record.unit_scores(side, references, **inputs) for side in texts)
-        assert first and second, "the metric is a mean"
-        before, after = (
-            [record.to_percent * part for part in each.contributions] for each in (first, second)
-        )
-        return mean_change(before, after, level, seed, record.to_percent * first.span)
+        units = [record.unit_scores(side, references, **inputs) for side in texts]
+        first, second = ([part * record.to_percent for part in side.contributions] for side in units if side)
+        span = max(side.span for side in units if side)
+        return mean_change(first, second, level, seed, record.to_percent * span)
 
     def scores(rows: Sequence[int]) -> tuple[float, float]:
         """Return both scores of some examples; the last two rows stand for the added pair of `mean_change`.
@@ -99,10 +97,10 @@ def paired_change(
         for place, row in enumerate(rows):
             if row >= len(data):
                 sides[row - len(data)][place], sides[len(data) - row + 1][place] = wanted[place][0], ""
-        before, after = (
+        first, second = (
             record.compute(side, wanted, **given)[record.name] * record.to_percent for side in sides
         )
-        return before, after
+        return first, second
 
     return rescored_change(scores, len(data), level, seed, added=2)
 

@@ -124,7 +124,7 @@ class Run:
             UserError: for anything that a user can repair; finished stages are kept.
         """
         with processes(self.config) as self.is_main_process:
-            return RunMatrix(run(self.config, self.objects))
+            return RunMatrix.of(self.folder, run(self.config, self.objects))
 
     def extend(
         self,
@@ -168,7 +168,7 @@ class Run:
             with main_process_first():
                 config = put_back(self.config, task, arguments) if self.is_main_process else None
             self.config = all_gather_object(config)[0]
-            return RunMatrix(run(self.config, self.objects))
+            return RunMatrix.of(self.folder, run(self.config, self.objects))
 
     def adopt(self, source: str | Path, task: str, dataset: Any = None) -> RunMatrix:
         """Make an update that was trained elsewhere one more task, or go on with it, and return the scores.

@@ -27,6 +27,7 @@ from llava_keeplora.report.latex_csv import csv_table, latex_table, summary_numb
 from llava_keeplora.report.resources import NEEDS_COLUMNS, budget_note, needs_rows
 from llava_keeplora.report.results import Results, matrices
 from llava_keeplora.report.tables import markdown_table, summary_header, summary_rows
+from llava_keeplora.report.watched import NOTE, TITLE, watched_header, watched_rows
 from llava_keeplora.report.write_report import write_report
 from llava_keeplora.run_folder import COMPARISON_JSON, COMPARISON_TABLE, LATEX_TABLE, REPORT, TABLE, TRIED
 from llava_keeplora_eval.files import write_atomic
@@ -87,9 +88,14 @@ def _write_files(table: Table, outcome: TableResult, images: Mapping[str, PlotIm
 
 
 def sections_of(table: Table, outcome: TableResult) -> list[Section]:
-    """Return a section for each order, and one of the methods' settings."""
+    """Return a section for each order, one for what guards watch there, and one of the methods' settings."""
     return [
         *(_order_section(table, order, results) for order, results in outcome.results.items()),
+        *(
+            Section(f"Order {order}: {TITLE.lower()}", NOTE, header, watched_rows(results))
+            for order, results in outcome.results.items()
+            if (header := watched_header(results))
+        ),
         _settings_section(table, outcome),
         *_learning_cost_section(table, outcome),
     ]

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.run_folder import ASIDE, GUARD, RETRIED, read_record
+from llava_keeplora.run_folder import ASIDE, GUARD, RETRIED, ROLLBACK, STOP, THEN, read_record
 
 #: Exit code of a command after a task that should not ship.
 DONT_SHIP = 3
+#: What followed from a verdict → what a table says of the row after the task.
+MARKS = {ROLLBACK: "rolled back", STOP: "stopped"}
 
 
 def read_verdicts(method: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
@@ -19,13 +21,25 @@ def read_verdicts(method: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
 
     Args:
         method: the method's folder.
-        tasks: names of the run's tasks.
+        tasks: names of the run's tasks; verdicts on others come last.
     """
-    paths = [*sorted(method.glob(f"{ASIDE}/*/{GUARD}")), *method.glob(f"task-*/{GUARD}")]
+    paths = [*sorted(method.glob(f"{ASIDE}/*/{GUARD}")), *sorted(method.glob(f"task-*/{GUARD}"))]
     records = [record for path in paths if "limits" in (record := read_record(path))]
     last = {record["task"]: record for record in records}
     records = [r if last[r["task"]] is r else r | {RETRIED: True} for r in records]
-    return sorted(records, key=lambda record: tasks.index(record["task"]))
+    places = {task: place for place, task in enumerate(tasks)}
+    return sorted(records, key=lambda record: places.get(record["task"], len(places)))
+
+
+def read_marks(method: Path, tasks: Sequence[str]) -> dict[str, str]:
+    """Return task → what a table says of its row: that it was rolled back, or that the method stopped there.
+
+    Args:
+        method: the method's folder.
+        tasks: names of the run's tasks.
+    """
+    ends = {verdict["task"]: verdict.get(THEN) for verdict in counted(read_verdicts(method, tasks))}
+    return {task: MARKS[then] for task, then in ends.items() if then in MARKS}
 
 
 def counted(verdicts: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

@@ -17,6 +17,7 @@ from llava_keeplora.distributed import is_main_process
 from llava_keeplora.errors import ConfigError, RunError, nearest
 from llava_keeplora.files import writable_folder, write_json
 from llava_keeplora.guard import run_record
+from llava_keeplora.guard.verdicts import read_marks
 from llava_keeplora.memory.training_guard import (
     AFTER,
     BEFORE,
@@ -30,7 +31,6 @@ from llava_keeplora.memory.training_guard import (
 from llava_keeplora.report import Trial, write_report
 from llava_keeplora.report.run_matrix import RunMatrix
 from llava_keeplora.report.verdict import verdict_html
-from llava_keeplora.report.watched import read_watched
 from llava_keeplora.run_folder import GUARD, MATRIX, read_record, task_folder
 from llava_keeplora_eval import Matrix
 
@@ -102,15 +102,15 @@ class MatrixCallback(TrainerCallback):
         return self._read()
 
     def _read(self) -> Matrix:
+        for path in sorted(self.folder.glob(f"*/{MATRIX}")):  # One report has those of all labels.
+            if (tasks := Matrix.from_json(path).tasks) != list(self.scores):
+                raise RunError(
+                    f"{path} is of the tasks {', '.join(tasks)}, and the scores are of "
+                    f"{', '.join(self.scores)}",
+                    "give the same scores in the same order, or another folder",
+                )
         path = self.folder / self.label / MATRIX
-        matrix = Matrix.from_json(path) if path.exists() else Matrix(list(self.scores))
-        if matrix.tasks != list(self.scores):
-            raise RunError(
-                f"{path} is of the tasks {', '.join(matrix.tasks)}, and the scores are of "
-                f"{', '.join(self.scores)}",
-                "give the same scores in the same order, or another folder",
-            )
-        return matrix
+        return Matrix.from_json(path) if path.exists() else Matrix(list(self.scores))
 
     @property
     def verdict(self) -> dict[str, Any] | None:
@@ -122,7 +122,7 @@ class MatrixCallback(TrainerCallback):
     def matrices(self) -> RunMatrix:
         """The scores of all labels of the folder; a notebook shows them as tables."""
         paths = sorted(self.folder.glob(f"*/{MATRIX}"))
-        return RunMatrix({path.parent.name: Matrix.from_json(path) for path in paths})
+        return RunMatrix.of(self.folder, {path.parent.name: Matrix.from_json(path) for path in paths})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Score the model before the first training; a row that is there already is kept.
@@ -168,9 +168,10 @@ class MatrixCallback(TrainerCallback):
             stop_if_broken(verdict)
 
     def _learned(self, matrix: Matrix) -> list[str]:
-        """Return the tasks that earlier trainings learned."""
+        """Return the tasks that earlier trainings learned, without those that the guard stopped."""
         scored = (any(cell is not None for cell in row) for row in matrix.rows)
-        return [task for task, done in zip(matrix.tasks, scored, strict=True) if done and task != self.after]
+        gone = [self.after, *read_marks(self.folder / self.label, matrix.tasks)]
+        return [task for task, done in zip(matrix.tasks, scored, strict=True) if done and task not in gone]
 
     def _write_report(self) -> None:
         tasks, matrices = list(self.scores), self.matrices
@@ -180,7 +181,7 @@ class MatrixCallback(TrainerCallback):
         else:  # The last one was of a training that this one without a guard has replaced.
             (self.folder / GUARD).unlink(missing_ok=True)
         results = {
-            label: [Trial(matrix, watched=read_watched(self.folder / label, tasks))]
+            label: [Trial(matrix, watched=matrices.watched[label], marks=matrices.marks[label])]
             for label, matrix in matrices.items()
         }
         head = verdict_html(self.folder)

@@ -11,7 +11,15 @@ from html import escape
 from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
 from llava_keeplora.report.figures import DPI
 from llava_keeplora.report.resources import NEEDS_COLUMNS, budget_note, needs_rows
-from llava_keeplora.report.results import Results, Trial, is_bound, matrices, mean_matrix, mean_scores
+from llava_keeplora.report.results import (
+    Results,
+    Trial,
+    is_bound,
+    matrices,
+    mean_matrix,
+    mean_scores,
+    row_marks,
+)
 from llava_keeplora.report.tables import (
     SCORE_COLUMNS,
     matrix_rows,
@@ -178,7 +186,7 @@ def _numbers(trials: Sequence[Trial]) -> str:
     stages = len(matrix.labelled_rows())
     count = 0 if matrix.bound else len(matrix.tasks)
     body = ""
-    for position, cells in enumerate(matrix_rows(matrix)):
+    for position, cells in enumerate(matrix_rows(matrix, marks=row_marks(trials))):
         task = position - (stages - count)
         learned = task if 0 <= task < count else None
         body += _row(cells, highlight=learned is None, learned=learned)

@@ -15,7 +15,7 @@ from llava_keeplora.report.resources import (
     needs_rows,
     passes_by_kind,
 )
-from llava_keeplora.report.results import Results, deviation, matrices, mean, mean_matrix
+from llava_keeplora.report.results import Results, deviation, matrices, mean, mean_matrix, row_marks
 from llava_keeplora.report.tables import (
     is_baseline,
     matrix_rows,
@@ -74,7 +74,7 @@ def latex_tables(title: str, results: Results, precision: int = 1) -> str:
         parts.append(
             f"% {name}{of_seeds(trials)}: score of each task (column) after each task was learned (row)."
         )
-        parts.append(latex_table(["after", *matrix.tasks], matrix_rows(matrix, precision)))
+        parts.append(latex_table(["after", *matrix.tasks], matrix_rows(matrix, precision, row_marks(trials))))
         header, rows = stage_table(trials, precision)
         parts += [latex_table(header, rows)] if rows else []
     return "\n".join(parts) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -74,6 +75,7 @@ class Trial:
             `llava_keeplora_eval.scoring.Score.to_dict` gives it.
         rolled_back: names of the tasks that the guard took back.
         watched: stage (`zero-shot`, then each task) → recipe that the guard watches → score in percent.
+        marks: task → what a table says of the row after it: that it was rolled back, or stopped the method.
     """
 
     matrix: Matrix
@@ -88,6 +90,7 @@ class Trial:
     needs: Needs | None = None
     rolled_back: Sequence[str] = ()
     watched: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    marks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def learned(self) -> list[str]:
@@ -129,6 +132,15 @@ def mean_matrix(matrices: Sequence[Matrix]) -> Matrix:
     has_zero_shot = all(matrix.zero_shot is not None for matrix in matrices)
     zero_shot = mean_cells([[matrix.zero_shot] for matrix in matrices])[0] if has_zero_shot else None
     return Matrix(matrices[0].tasks, zero_shot, mean_cells([matrix.rows for matrix in matrices]))
+
+
+def row_marks(trials: Sequence[Trial]) -> dict[str, str]:
+    """Return task → what a table says of the row after it; of several seeds, with how many it is of."""
+    counts = Counter((task, mark) for trial in trials for task, mark in trial.marks.items())
+    marks: dict[str, list[str]] = {}
+    for (task, mark), count in counts.items():
+        marks.setdefault(task, []).append(mark + f" in {count} of {len(trials)}" * (count < len(trials)))
+    return {task: ", ".join(words) for task, words in marks.items()}
 
 
 def is_bound(matrices: Sequence[Matrix]) -> bool:

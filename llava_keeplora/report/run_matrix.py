@@ -7,10 +7,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_keeplora.guard.verdicts import read_marks
 from llava_keeplora.report.heatmap import colour_limits, draw_heatmap
 from llava_keeplora.report.html import html_rows, html_table
+from llava_keeplora.report.results import Trial
 from llava_keeplora.report.run_report import ZERO_SHOT, read_results
-from llava_keeplora.report.tables import matrix_rows
+from llava_keeplora.report.tables import markdown_table, matrix_rows
+from llava_keeplora.report.watched import read_watched, stage_table
 from llava_keeplora_eval import Matrix
 
 if TYPE_CHECKING:
@@ -25,10 +28,29 @@ class RunMatrix(Mapping[str, Matrix]):
 
     Args:
         matrices: label → matrix.
+        watched: label → stage (`zero-shot`, then each task) → recipe that the guard watches → percent.
+        marks: label → task → what is said of the row after it, such as that the guard rolled it back.
     """
 
-    def __init__(self, matrices: Mapping[str, Matrix]):
+    def __init__(
+        self,
+        matrices: Mapping[str, Matrix],
+        watched: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
+        marks: Mapping[str, Mapping[str, str]] | None = None,
+    ):
         self._matrices = dict(matrices)
+        self.watched = {label: (watched or {}).get(label, {}) for label in self}
+        self.marks = {label: (marks or {}).get(label, {}) for label in self}
+
+    @classmethod
+    def of(cls, run: Path, matrices: Mapping[str, Matrix]) -> RunMatrix:
+        """Return matrices with what the verdicts in the folder say of them."""
+        folders = {label: (run / label, matrix.tasks) for label, matrix in matrices.items()}
+        return cls(
+            matrices,
+            {label: read_watched(*folder) for label, folder in folders.items()},
+            {label: read_marks(*folder) for label, folder in folders.items()},
+        )
 
     @classmethod
     def read(cls, run: str | Path) -> RunMatrix:
@@ -37,7 +59,7 @@ class RunMatrix(Mapping[str, Matrix]):
         Raises:
             RunError: the folder is no run, has no score yet, or a file was damaged.
         """
-        return cls(read_results(Path(run)))
+        return cls.of(Path(run), read_results(Path(run)))
 
     def __getitem__(self, label: str) -> Matrix:
         return self._matrices[label]
@@ -86,10 +108,21 @@ class RunMatrix(Mapping[str, Matrix]):
         return draw_heatmap(self[label], label, limits=colour_limits(self.values()))
 
     def __repr__(self) -> str:
-        return "\n".join(f"{label}\n{matrix.markdown()}" for label, matrix in self.methods.items())
+        parts = []
+        for label, matrix in self.methods.items():
+            header, rows = self._watched_table(label)
+            parts.append(f"{label}\n{matrix.markdown(marks=self.marks[label])}")
+            parts += [markdown_table(header, rows)] if rows else []
+        return "\n".join(parts)
 
     def _repr_html_(self) -> str:
-        return "".join(
-            f"<h4>{escape(label)}</h4>\n{html_table(['after', *m.tasks], html_rows(matrix_rows(m)))}"
-            for label, m in self.methods.items()
-        )
+        text = ""
+        for label, matrix in self.methods.items():
+            header, rows = self._watched_table(label)
+            scores = html_rows(matrix_rows(matrix, marks=self.marks[label]))
+            text += f"<h4>{escape(label)}</h4>\n{html_table(['after', *matrix.tasks], scores)}"
+            text += html_table(header, html_rows(rows)) if rows else ""
+        return text
+
+    def _watched_table(self, label: str) -> tuple[list[str], list[list[str]]]:
+        return stage_table([Trial(self[label], watched=self.watched[label])])

@@ -10,6 +10,7 @@ from typing import Any
 
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import whole_folder, write_bytes
+from llava_keeplora.guard.verdicts import read_marks
 from llava_keeplora.journal import Journal, rolled_back
 from llava_keeplora.registries import METHODS
 from llava_keeplora.report.adopted import adopted_lines
@@ -17,9 +18,9 @@ from llava_keeplora.report.capacity import layer_lines
 from llava_keeplora.report.overlap import overlap
 from llava_keeplora.report.resources import read_needs
 from llava_keeplora.report.results import CapacityStages, Cost, LayerLines, Trial
-from llava_keeplora.report.tables import summary_table
+from llava_keeplora.report.tables import markdown_table, summary_table
 from llava_keeplora.report.verdict import verdict_html
-from llava_keeplora.report.watched import read_watched, watched_examples
+from llava_keeplora.report.watched import read_watched, stage_table, watched_examples
 from llava_keeplora.report.write_report import DOCUMENTS, write_report
 from llava_keeplora.run_folder import (
     ASIDE,
@@ -290,6 +291,7 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
         scores=[read_record(path) for path in task_files(folder, SCORES)],
         rolled_back=gone,
         watched=read_watched(folder, matrix.tasks),
+        marks=read_marks(folder, matrix.tasks),
     )
 
 
@@ -378,8 +380,8 @@ def read_costs(folder: Path) -> dict[str, Cost]:
 def summary(where: str | Path, results: Mapping[str, Sequence[Matrix]]) -> str:
     """Return the text that a run and the command `report` print at their end.
 
-    It has the matrices of single runs, the headline metrics, the tasks that each method still has capacity
-    for, and the paths of the folder, the table and the HTML page.
+    It has the matrices of single runs, what a guard watches, the headline metrics, the tasks that each method
+    still has capacity for, and the paths of the folder, the table and the HTML page.
 
     Args:
         where: the folder of the report.
@@ -387,11 +389,14 @@ def summary(where: str | Path, results: Mapping[str, Sequence[Matrix]]) -> str:
     """
     where = Path(where)
     single = {name: matrices[0] for name, matrices in results.items() if len(matrices) == 1}
-    blocks = [
-        f"{name}: score in % after each task\n{matrix.markdown()}"
-        for name, matrix in single.items()
-        if matrix.started
-    ]
+    blocks = []
+    for name, matrix in single.items():
+        if matrix.started:
+            marks = read_marks(where / name, matrix.tasks)
+            blocks.append(f"{name}: score in % after each task\n{matrix.markdown(marks=marks)}")
+        trial = Trial(matrix, watched=read_watched(where / name, matrix.tasks))
+        if (table := stage_table([trial]))[1]:
+            blocks.append(f"{name}: score in % on what the guard watches\n{markdown_table(*table)}")
     blocks.append(summary_table(results))
     adopted = [line for name in results for line in adopted_lines(name, where / name)]
     blocks += ["\n".join(adopted)] * bool(adopted)

@@ -6,10 +6,18 @@ from collections.abc import Mapping, Sequence
 
 from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
 from llava_keeplora.report.resources import NEEDS_COLUMNS, budget_note, needs_rows
-from llava_keeplora.report.results import Results, Trial, matrices, mean_matrix, mean_scores, spread
+from llava_keeplora.report.results import (
+    Results,
+    Trial,
+    matrices,
+    mean_matrix,
+    mean_scores,
+    row_marks,
+    spread,
+)
 from llava_keeplora.report.watched import NOTE, TITLE, stage_table, watched_header, watched_rows
 from llava_keeplora_eval.markup import markdown_text
-from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, format_number
+from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, format_number, marked
 
 #: Column title and the name of the number in ``Matrix.metrics``.
 COLUMNS = {
@@ -83,10 +91,16 @@ def metric_rows(trials: Sequence[Matrix], precision: int = 1) -> list[list[str]]
     return [[name, spread([values[name] for values in metrics], precision)] for name in metrics[0]]
 
 
-def matrix_rows(matrix: Matrix, precision: int = 1) -> list[list[str]]:
-    """Return the matrix as text cells: its rows by name, then Transfer, Average and Last of every task."""
+def matrix_rows(matrix: Matrix, precision: int = 1, marks: Mapping[str, str] = {}) -> list[list[str]]:
+    """Return the matrix as text cells: its rows by name, then Transfer, Average and Last of every task.
+
+    Args:
+        matrix: the scores.
+        precision: number of decimals.
+        marks: task → what is said of the row after it, in parentheses.
+    """
     rows = [
-        [name, *(format_number(value, precision, MISSING) for value in row)]
+        [marked(name, marks), *(format_number(value, precision, MISSING) for value in row)]
         for name, row in matrix.labelled_rows()
     ]
     return rows + [
@@ -161,7 +175,9 @@ def markdown_tables(title: str, results: Results, precision: int = 1) -> str:
         parts.append(f"## {TITLE}\n\n{NOTE}\n\n{markdown_table(header, watched_rows(results, precision))}")
     for name, trials in results.items():
         per_seed = [trial.matrix for trial in trials]
-        parts.append(f"## {name}{of_seeds(trials)}\n\n{mean_matrix(per_seed).markdown(precision)}")
+        parts.append(
+            f"## {name}{of_seeds(trials)}\n\n{mean_matrix(per_seed).markdown(precision, row_marks(trials))}"
+        )
         header, rows = stage_table(trials, precision)
         parts += [markdown_table(header, rows)] if rows else []
         parts.append(markdown_table(["metric", "percent"], metric_rows(per_seed, precision)))

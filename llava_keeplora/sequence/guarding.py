@@ -30,7 +30,7 @@ from llava_keeplora.run_folder import (
 )
 from llava_keeplora.sequence.answers import predict_whole, read_answers
 from llava_keeplora.sequence.method_state import MethodState, Outcome
-from llava_keeplora.sequence.shrinking import cost_of_shrinking, search
+from llava_keeplora.sequence.shrinking import cost_of_search, cost_of_shrinking, search
 from llava_keeplora.start import Task
 from llava_keeplora_eval.paired_bootstrap import Outcome as LimitOutcome
 from llava_keeplora_eval.predictions import read_predictions
@@ -47,6 +47,7 @@ def guard(state: MethodState, index: int) -> Outcome:
         return [record, *paths], {}
     verdict = _verdict(state, index)
     if verdict[THEN] == SHRINK:
+        state.context.progress.extend(cost_of_search(state, index))
         verdict["shrink"], files = search(state, index)
         paths += files
         verdict[THEN] = SHRINK if verdict["shrink"]["lambda"] else ROLLBACK

@@ -15,8 +15,9 @@ from transformers import set_seed
 from llava_keeplora.config import ZERO_SHOT, MethodConfig
 from llava_keeplora.distributed import all_gather_object
 from llava_keeplora.errors import RunError
+from llava_keeplora.guard.verdicts import MARKS
 from llava_keeplora.journal import OUTCOMES, Entry, open_stages, shrunk
-from llava_keeplora.run_folder import SCORES, STOP, THEN, Stage, differences, read_record
+from llava_keeplora.run_folder import ROLLBACK, SCORES, STOP, THEN, Stage, differences, read_record
 from llava_keeplora.sequence import auto_energy
 from llava_keeplora.sequence.adoption import check_sources
 from llava_keeplora.sequence.answers import predictions_path
@@ -65,7 +66,7 @@ class MethodRun(MethodState):
 
     def go(self) -> None:
         """Run stage after stage, and enter each into the journal, until every task is closed."""
-        self.context.progress.watch(self.config.label, self.matrix)
+        self._show_matrix()
         while (todo := self._next()) is not None and not self._stopped():
             index, stage = todo
             with self.context.progress.stage(
@@ -83,6 +84,8 @@ class MethodRun(MethodState):
             if stage == Stage.SHRUNK:
                 set_aside(self)
                 self.loaded = None
+                again = [self._cost(*todo) for todo in self._open_stages() if todo[0] == index]
+                self.context.progress.extend(sum(again))
             if stage == Stage.CLOSED and (index or self.config.label == ZERO_SHOT):
                 self.context.progress.note(self._closing_line(index))
 
@@ -144,11 +147,16 @@ class MethodRun(MethodState):
         """Go on from the task before one that was rolled back."""
         set_aside(self)
         self.learn_sequence()
+        self._show_matrix()
         self.fill_matrix(index - 1, read_record(self.path(index - 1, SCORES)))
         if self.context.rank == 0:
             self.write_matrix()
 
     # --- estimates and lines for people --------------------------------------------------------------
+
+    def _show_matrix(self) -> None:
+        marks = dict.fromkeys(self.rolled_back, MARKS[ROLLBACK])
+        self.context.progress.watch(self.config.label, self.matrix, marks)
 
     def cost_left(self) -> float:
         """Return the cost of the open stages, in forward passes of one image.
@@ -159,8 +167,8 @@ class MethodRun(MethodState):
         return sum(self._cost(task, stage, answered) for task, stage in self._open_stages())
 
     def _cost(self, index: int, stage: Stage, answered: Container[str] | None = None) -> float:
-        if stage in OUTCOMES or (index and shrunk(self.journal.entries, index) is not None):
-            return 0  # Nobody foresees that a task's stages run again.
+        if stage in OUTCOMES:
+            return 0
         if stage == Stage.EVALUATED:
             return self._evaluation_cost(index, self.journal.files() if answered is None else answered)
         if stage == Stage.GUARDED:
@@ -169,10 +177,12 @@ class MethodRun(MethodState):
             return auto_energy.cost(self.context, self.layers)
         if index == 0 or stage in (Stage.PLANNED, Stage.CLOSED):
             return 0
+        # A share of an update is taken from a file.
+        trains = stage == Stage.TRAINED and shrunk(self.journal.entries, index) is None
         if self.source(index) and stage != Stage.CONSOLIDATED:
-            scored = sum(len(task.test) for task in self.context.tasks) if stage == Stage.TRAINED else 0
+            scored = sum(len(task.test) for task in self.context.tasks) if trains else 0
             return self.context.family.eval_cost * scored
-        training = GRADIENT_COST * self._trained_images(index) if stage == Stage.TRAINED else 0
+        training = GRADIENT_COST * self._trained_images(index) if trains else 0
         if stage == Stage.CONSOLIDATED and self.method.mixes:
             further = self.method.further_budget(index, self.budgets())
             training = GRADIENT_COST * further.seen if further else 0

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TextIO
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llava_keeplora_eval import Matrix
-from llava_keeplora_eval.matrix import BOUND, ZERO_SHOT, format_number
+from llava_keeplora_eval.matrix import BOUND, ZERO_SHOT, format_number, marked
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Progress:
         self.done = 0.0
         self._until, self._text = 0.0, ""
         self._title, self._matrix = "", None
+        self._marks: Mapping[str, str] = {}
         self._start = self._last = time.monotonic()
         self._open = ExitStack()
         self._live: Live | None = None
@@ -64,9 +65,9 @@ class Progress:
     def __exit__(self, *error) -> None:
         self._open.close()
 
-    def watch(self, title: str, matrix: Matrix) -> None:
-        """Show this matrix from now on, as it fills."""
-        self._title, self._matrix = title, matrix
+    def watch(self, title: str, matrix: Matrix, marks: Mapping[str, str] = {}) -> None:
+        """Show this matrix from now on, as it fills; `marks` has what is said of some tasks' rows."""
+        self._title, self._matrix, self._marks = title, matrix, marks
 
     @contextmanager
     def stage(self, text: str, cost: float) -> Iterator[None]:
@@ -82,7 +83,12 @@ class Progress:
         if self._live:
             self._live.refresh()  # A short stage may end before the view is drawn the next time.
         yield
-        self.advance(cost)
+        self.advance(self._until - self.done)
+
+    def extend(self, cost: float) -> None:
+        """Count more work than was foreseen; inside a stage it is a part of that stage."""
+        self.total += cost
+        self._until += cost
 
     def advance(self, cost: float) -> None:
         """Report work done inside a stage."""
@@ -116,12 +122,12 @@ class Progress:
         if self._matrix is not None:
             parts += [
                 Text(f"{self._title}: score in % of each task (column), after each one (row)"),
-                matrix_view(self._matrix),
+                matrix_view(self._matrix, self._marks),
             ]
         return Group(*parts)
 
 
-def matrix_view(matrix: Matrix) -> Table:
+def matrix_view(matrix: Matrix, marks: Mapping[str, str] = {}) -> Table:
     """Return the filled rows of a matrix as a table, with the score on the task just learned in bold.
 
     Columns have the tasks' numbers instead of their names, so that many fit.
@@ -131,7 +137,7 @@ def matrix_view(matrix: Matrix) -> Table:
     for number in range(1, len(matrix.tasks) + 1):
         table.add_column(str(number), justify="right", no_wrap=True)
     rows = [(ZERO_SHOT, matrix.zero_shot or [])] + [
-        (f"{number} {name}", row)
+        (f"{number} {marked(name, marks)}", row)
         for number, (name, row) in enumerate(zip(matrix.tasks, matrix.rows), start=1)
     ]
     if matrix.bound:

@@ -74,6 +74,14 @@ def search(state: MethodState, index: int) -> tuple[dict[str, Any], list[Path]]:
     return {"lambda": largest, "trials": trials}, paths
 
 
+def cost_of_search(state: MethodState, index: int) -> float:
+    """Return the cost of `search`, in forward passes."""
+    limits = _limits(state, index)
+    once = sum(len(task.test) for of, task, _ in limits if of != WATCH)
+    each = sum(len(task.test) for _, task, _ in limits)
+    return state.context.family.eval_cost * (once + HALVINGS * each)
+
+
 def _limits(state: MethodState, index: int) -> list[tuple[str, Task, float]]:
     """Return the limits as (of what, a task whose `test` is scored, least accepted change in points)."""
     settings = state.context.config.guard

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from llava_keeplora.config import load_config
+from llava_keeplora.files import write_json
 from llava_keeplora.guard import NEW, OLD, WATCH, Limit, exit_code, judge, run_record, verdict_lines
 from llava_keeplora.guard.text import change_lines, verdict_markdown
+from llava_keeplora.guard.verdicts import read_marks, read_verdicts
 from llava_keeplora.report.verdict import verdict_html
 from llava_keeplora_recipes import load_recipe, load_split
 
@@ -48,6 +50,14 @@ def test_one_broken_limit_is_a_reason_not_to_ship(verdict):
     outcomes = [(record["of"], record["outcome"]) for record in verdict["limits"]]
     assert outcomes == [("new task", "held"), ("old task", "broken"), ("watch task", "held")]
     assert not verdict["ship"] and verdict["level"] == pytest.approx(1 - 0.05 / 3)
+
+
+def test_verdicts_on_tasks_that_a_list_lacks_come_last(tmp_path):
+    for place, task in (("aside/01-a", "a"), ("task-01-z", "z"), ("task-02-b", "b"), ("task-03-c", "c")):
+        then = {"a": "rollback", "z": "stop"}.get(task)
+        write_json(tmp_path / "lora" / place / "guard.json", {"task": task, "limits": [], "then": then})
+    assert [v["task"] for v in read_verdicts(tmp_path / "lora", ["b", "a"])] == ["b", "a", "z", "c"]
+    assert read_marks(tmp_path / "lora", ["a"]) == {"a": "rolled back", "z": "stopped"}
 
 
 def test_a_model_that_did_not_change_ships(shapes, answers):

@@ -122,6 +122,8 @@ def test_bad_input_is_refused_before_the_training(tmp_path):
     )
     with pytest.raises(RunError, match="sort, add"):
         MatrixCallback(tmp_path, {"add": SCORES["add"]}, after="add")
+    with pytest.raises(RunError, match="sort, add"):  # One report has the scores of all labels.
+        MatrixCallback(tmp_path, {"add": SCORES["add"]}, after="add", label="other")
     record = json.loads((tmp_path / "keeplora" / "matrix.json").read_text())
     assert record["tasks"] == ["sort", "add"]
 
@@ -202,6 +204,22 @@ def test_a_broken_limit_stops_after_the_report_or_warns(tmp_path, caplog):
     assert len(callback.verdict["limits"][0]["flips"]) == 10
     # Trained again without the fault: nothing of the first training is left.
     assert trained(tmp_path, "digits", {}, {}).verdict["ship"] and exit_code(tmp_path) == 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_task_that_the_guard_stopped_is_no_old_task_until_it_is_learned(tmp_path):
+    limits = GUARD | {"old_tasks": {"max_drop": 2.0}}
+    with pytest.raises(GuardError):
+        trained(tmp_path, "shapes", {}, {"glyphs": 200}, limits)
+    second = trained(tmp_path, "digits", {}, {"shapes": 150}, limits)
+    assert [limit["task"] for limit in second.verdict["limits"]] == ["glyphs"] and second.verdict["ship"]
+    assert "| shapes (stopped) |" in (tmp_path / "table.md").read_text()
+    assert "shapes (stopped)" in repr(second.matrices) and "glyphs (watched)" in repr(second.matrices)
+    assert second.matrices.watched["keeplora"]["digits"] == {"glyphs": 100.0}
+    # Trained again and kept.
+    trained(tmp_path, "shapes", {}, {}, limits)
+    third = trained(tmp_path, "digits", {}, {}, limits)
+    assert [limit["task"] for limit in third.verdict["limits"]] == ["shapes", "glyphs"]
 
 
 @pytest.mark.usefixtures("quick")

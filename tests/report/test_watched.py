@@ -3,11 +3,19 @@
 import csv
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 
+from llava_keeplora.compare.run_table import TableResult
+from llava_keeplora.compare.table import Order, Table
+from llava_keeplora.compare.writers import sections_of
+from llava_keeplora.files import write_json
 from llava_keeplora.guard import WATCH
 from llava_keeplora.report import Trial, write_report
+from llava_keeplora.report.results import row_marks
+from llava_keeplora.report.run_matrix import RunMatrix
+from llava_keeplora.report.run_report import summary
 from llava_keeplora.report.watched import read_watched, stage_table, watched_header, watched_rows
 from llava_keeplora_eval import Matrix
 
@@ -49,6 +57,42 @@ def test_the_scores_are_those_of_the_verdicts_and_a_rollback_repeats_the_row_bef
         "c": {"pope": 79.0},
     }
     assert read_watched(tmp_path / "none", TASKS) == {}
+
+
+def test_the_terminal_and_the_matrix_of_a_program_have_them_and_say_what_was_rolled_back(tmp_path):
+    for place, task, score, then in (("task-01-a", "a", 78.0, None), ("aside/01-b", "b", 60.0, "rollback")):
+        limit = {"of": WATCH, "task": "pope", "before": 80.0, "after": score, "change": score - 80.0}
+        verdict = {"task": task, "limits": [limit | REST], "then": then}
+        write_json(tmp_path / "lora" / place / "guard.json", verdict)
+    matrix = RunMatrix.of(tmp_path, {"lora": MATRIX, "zero-shot": MATRIX})
+    texts = [summary(tmp_path, {"lora": [MATRIX], "zero-shot": [MATRIX]}), repr(matrix)]
+    for text in texts:
+        assert "| b (rolled back) | 8.0 | 9.0 | 1.0 |" in text and "| pope (watched) |" in text.replace(
+            "after | ", ""
+        )
+        assert "| b | 78.0 |" in text and text.count("pope") == 1
+    assert "b (rolled back)" in (page := matrix._repr_html_()) and page.count("pope") == 1
+    assert matrix.watched["lora"]["b"] == {"pope": 78.0} and matrix.watched["zero-shot"] == {}
+    assert RunMatrix({"lora": MATRIX}).watched == {"lora": {}}
+
+
+def test_a_mark_of_some_seeds_says_of_how_many():
+    trials = [
+        Trial(MATRIX, marks=marks) for marks in ({"b": "rolled back"}, {}, {"b": "rolled back", "c": "x"})
+    ]
+    assert row_marks(trials) == {"b": "rolled back in 2 of 3", "c": "x in 1 of 3"}
+    assert row_marks(trials[:1]) == {"b": "rolled back"}
+
+
+def test_every_order_of_a_table_of_runs_has_them_in_a_section_of_its_own():
+    results = {"I": {"lora": [trial(0, 80, 70, 60, 50)]}, "II": {"lora": [Trial(MATRIX, seed=0)]}}
+    orders = tuple(Order(name, {"tasks": TASKS}, (0,)) for name in results)
+    table = Table(Path("table"), {}, {"lora": {}}, orders)
+    sections = sections_of(table, TableResult(results, [], {"lora": {}}, []))
+    (section,) = [s for s in sections if "general ability" in s.title]
+    assert section.title == "Order I: general ability" and section.header[1] == "pope before"
+    assert section.rows == [["lora", "80.0", "50.0", "-30.0", "50.0", "50.0", "0.0"]]
+    assert all("pope" not in " ".join(s.header) for s in sections if s is not section)
 
 
 def test_before_after_and_change_are_means_over_seeds():

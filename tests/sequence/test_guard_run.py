@@ -31,6 +31,7 @@ from llava_keeplora.run_folder import Stage
 from llava_keeplora.saved_run import extended, load_run
 from llava_keeplora.sequence import guarding, shrinking, workspace
 from llava_keeplora.sequence.fork import fork
+from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.retry import put_back
 from llava_keeplora.sequence.workspace import Workspace
 from llava_keeplora_eval import Matrix
@@ -244,10 +245,15 @@ def test_a_fork_of_a_run_with_a_rollback_never_had_the_task(guarded, driven, bre
 
 @pytest.mark.slow
 def test_an_update_that_breaks_a_limit_gets_smaller_and_nothing_later_knows_the_whole_one(
-    guarded, driven, breaks, tmp_path
+    guarded, driven, breaks, tmp_path, monkeypatch
 ):
     breaks("stripes", even_smaller=False)
+    begun, init = [], Progress.__init__
+    monkeypatch.setattr(
+        Progress, "__init__", lambda self, *args, **how: begun.append(self) or init(self, *args, **how)
+    )
     folder = driven(guarded(tmp_path / "run", [0, 1, 2], on_failure="shrink"))
+    assert begun[-1].done == pytest.approx(begun[-1].total)  # The search and the stages after it are counted.
     label, task = folder / "keeplora", folder / "keeplora/task-02-stripes"
     verdict = json.loads((task / "guard.json").read_text())
     share = verdict["shrink"]["lambda"]

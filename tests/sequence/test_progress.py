@@ -125,6 +125,32 @@ def test_a_pipe_gets_a_line_with_the_estimate_when_a_while_has_passed(piped, mon
     ]
 
 
+def test_work_that_nobody_foresaw_is_in_the_estimate_and_a_part_of_its_stage(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with Progress(100, show=False) as shown:
+        with shown.stage("judging it", 50):
+            shown.advance(50)
+            shown.extend(100)
+            clock[0] = 50.0
+            assert shown.left() == "25% done, about 2 min left"  # 150 of 200 are left, at 1 a second.
+            shown.advance(70)
+            assert shown.done == 120
+        assert shown.done == 150
+        shown.extend(30)
+        with shown.stage("the rest", 80):
+            pass
+    assert shown.done == shown.total == 230
+
+
+def test_a_row_that_was_rolled_back_says_so():
+    from rich.console import Console
+
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))
+    console.print(matrix_view(Matrix(["a", "b"], [1.0, 2.0], [[3.0, 4.0]] * 2), {"b": "rolled back"}))
+    assert console.export_text().splitlines()[3].split() == ["2", "b", "(rolled", "back)", "3.0", "4.0"]
+
+
 def test_eleven_tasks_fit_a_terminal_of_eighty_columns():
     from rich.console import Console
 
