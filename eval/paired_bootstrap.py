@@ -23,6 +23,8 @@ from llava_keeplora_eval.errors import EvalError
 RESAMPLES, RESCORINGS = 10_000, 200
 #: Fewest examples (or groups of examples) for which a score that is no mean gets an interval.
 LEAST_RESCORED = 30
+#: Fewest samples of a mean beyond a bound for the bound to be their quantile alone.
+LEAST_BEYOND = 20
 #: Probability with which the number of examples of `Verdict.examples` decides, if the change is as measured.
 POWER = 0.8
 #: Most examples that are given as a number; beyond them a change is as good as at its limit.
@@ -110,7 +112,8 @@ def mean_change(
 
     One example that got wholly better and one that got wholly worse are added before resampling, like half
     a pair in each cell in Agresti and Min: the plain bootstrap gives n equal answers an interval of width 0,
-    and takes three flips to one side for proof.
+    and takes three flips to one side for proof. At a level so high that fewer than `LEAST_BEYOND` samples lie
+    beyond a bound, the bound is at least as far out as the normal one.
 
     Args:
         before, after: every example's score from the two models, in percent, in the same order.
@@ -133,6 +136,10 @@ def mean_change(
     means = _resampled_means(np.append(differences, [span, -span]), seed)
     low = float(np.quantile(means, 1 - level, method="lower"))
     high = float(np.quantile(means, level, method="higher"))
+    quantile = NormalDist().inv_cdf(level)
+    if RESAMPLES * (1 - level) < LEAST_BEYOND:
+        center, width = float(means.mean()), quantile * float(means.std())
+        low, high = max(-span, min(low, center - width)), min(span, max(high, center + width))
     return Change(
         before=float(first.mean()),
         after=float(second.mean()),
@@ -142,7 +149,7 @@ def mean_change(
         n=len(first),
         better=int((differences > 0).sum()),
         worse=int((differences < 0).sum()),
-        quantile=NormalDist().inv_cdf(level),
+        quantile=quantile,
     )
 
 

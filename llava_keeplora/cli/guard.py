@@ -101,7 +101,7 @@ OPTIONAL = ("confidence", "data_root", "batch_size", "max_new_tokens", "summary"
 def _write_ci(args: argparse.Namespace) -> int:
     """Write the workflow and the hook into this folder, and say what is left to do."""
     from llava_keeplora.guard.checkpoints import load_recipes
-    from llava_keeplora.guard.ci import write_ci
+    from llava_keeplora.guard.ci import requirement, write_ci
 
     load_recipes(args.watch)  # A name that is no recipe is refused now, not in the first pull request.
     words = ["llava-keeplora", "guard", "--base", args.base, "--tuned", args.tuned, "--watch", *args.watch]
@@ -120,6 +120,16 @@ def _write_ci(args: argparse.Namespace) -> int:
         for place in places
         if os.path.isabs(place) or os.path.relpath(place) not in inside
     ]
+    if package := requirement():
+        lines.append(
+            f"note: the workflow installs {package}, or what the repository variable LLAVA_KEEPLORA says"
+        )
+    else:
+        lines.append(
+            "note: nobody else can install this package from this machine's folder; set the "
+            "repository variable "
+            "LLAVA_KEEPLORA to what pip installs, for instance git+https://..."
+        )
     lines.append(f"next: add {args.into}/ to .gitignore, commit both files, and run pre-commit install")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

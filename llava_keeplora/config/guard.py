@@ -111,7 +111,12 @@ class GuardConfig:
             raise ConfigError(
                 "watch names recipes, but watch_tasks sets no limit for them", "set watch_tasks.max_drop"
             )
-        if not self.watch and not self.judges_tasks:
+        if not self.watch and self.watch_tasks.max_drop is not None:
+            raise ConfigError(
+                "watch_tasks sets a limit, but watch names no recipes",
+                "list them under watch, or leave it out",
+            )
+        if not self.judges_tasks and not self.watch:
             raise ConfigError(
                 "old_tasks, new_task and watch set no limit to hold",
                 "set old_tasks.max_drop, new_task.min_gain, or watch recipes",

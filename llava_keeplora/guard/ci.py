@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import distribution
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
@@ -36,7 +39,10 @@ jobs:
         with:
           python-version: "3.12"
       - name: Install
-        run: pip install "llava-keeplora>={version}"
+        env:
+          # What pip installs; the repository variable LLAVA_KEEPLORA replaces it (Settings, Variables).
+          PACKAGE: ${{{{ vars.LLAVA_KEEPLORA || {package} }}}}
+        run: pip install "${{PACKAGE:?set the repository variable LLAVA_KEEPLORA, for instance to git+https://...}}"
       - name: Judge the checkpoint
         env:
           HF_TOKEN: ${{{{ secrets.HF_TOKEN }}}}  # for private models and data on the Hub
@@ -64,9 +70,43 @@ def workflow_text(words: Sequence[str], into: str) -> str:
         into: the folder with the command's files, which are kept with the run.
     """
     lines = " ".join(f"\\\n{' ' * 12}{w}" if w.startswith("--") else shlex.quote(w) for w in words)
-    return _WORKFLOW.format(
-        version=version("llava-keeplora"), command=f"{' ' * 10}{lines}", into=yaml_text(into)
-    )
+    package = "'" + requirement().replace("'", "''") + "'"  # As GitHub's expressions quote text.
+    return _WORKFLOW.format(package=package, command=f"{' ' * 10}{lines}", into=yaml_text(into))
+
+
+def requirement() -> str:
+    """Return what pip installs elsewhere to get this package as it is here; empty if nothing is known.
+
+    A package from an index has its version; one from a Git URL that and its commit (PEP 610); one from a
+    folder the address of the repository that the folder is a clone of, and its commit if that is published.
+    """
+    package = distribution("llava-keeplora")
+    record = json.loads(package.read_text("direct_url.json") or "{}")
+    if not record:
+        return f"llava-keeplora=={package.version}"
+    url, commit = record["url"], record.get("vcs_info", {}).get("commit_id", "")
+    if "dir_info" in record:
+        folder = unquote(urlsplit(url).path)
+        url = _git(folder, "remote", "get-url", "origin")
+        commit = (
+            _git(folder, "rev-parse", "HEAD") if _git(folder, "branch", "-r", "--contains", "HEAD") else ""
+        )
+    if ssh := re.fullmatch(r"(?:ssh://)?git@([^:/]+)[:/](.+)", url):
+        url = f"https://{ssh[1]}/{ssh[2]}"
+    if not url.startswith("https://"):
+        return ""
+    parts = urlsplit(url)  # Without a user's token.
+    url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return f"llava-keeplora @ git+{url}{f'@{commit}' if commit else ''}"
+
+
+def _git(folder: str, *words: str) -> str:
+    """Return what a command of Git prints in a folder; empty if it fails or there is no Git."""
+    try:
+        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def hook_text(words: Sequence[str], watched: Sequence[str]) -> str:

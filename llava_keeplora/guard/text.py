@@ -47,7 +47,7 @@ def consequence(verdict: Mapping[str, Any]) -> str:
 def limit_line(record: Mapping[str, Any]) -> str:
     """Return one limit as a line: its outcome, the change with its interval, and the noise."""
     gains = record["of"] == "new task"
-    allowed = f"at least {record['limit']:+g}" if gains else f"at most {-record['limit']:g} down"
+    allowed = f"at least {record['limit']:+g}" if gains else f"at most {0.0 - record['limit']:g} down"
     line = (
         f"{record['outcome']}: {record['of']} {record['task']} {record['change']:+.1f} points "
         f"({record['before']:.1f} → {record['after']:.1f}, between {record['low']:+.1f} and "

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.run_folder import ASIDE, GUARD, RETRIED, ROLLBACK, STOP, THEN, read_record
+from llava_keeplora.errors import RunError, nearest
+from llava_keeplora.run_folder import ASIDE, GUARD, MATRIX, RETRIED, ROLLBACK, STOP, THEN, read_record
+from llava_keeplora_eval import Matrix
 
 #: Exit code of a command after a task that should not ship.
 DONT_SHIP = 3
@@ -60,10 +62,17 @@ def exit_code(run: str | Path, task: str | None = None) -> int:
     Args:
         run: the run's folder.
         task: the task whose verdicts count; all when None.
+
+    Raises:
+        RunError: no method of the run has that task.
     """
     run = Path(run)
     if not (run / GUARD).exists():
         return 0
     methods = read_record(run / GUARD)["methods"].values()
+    tasks = {name for path in run.glob(f"*/{MATRIX}") for name in Matrix.from_json(path).tasks}
+    tasks |= {verdict["task"] for verdicts in methods for verdict in verdicts}
+    if task is not None and task not in tasks:
+        raise RunError(f"{run} has no task '{task}'", nearest(task, tasks))
     ships = [v["ship"] for verdicts in methods for v in counted(verdicts) if task in (None, v["task"])]
     return 0 if all(ships) else DONT_SHIP

@@ -32,6 +32,10 @@ def test_watched_recipes_are_names_or_mappings():
     [
         ({}, "^guard.old_tasks, new_task and watch set no limit"),
         ({"watch": ["shapes"]}, "watch_tasks sets no limit"),
+        (
+            {"watch_tasks": {"max_drop": 1}, "old_tasks": {"max_drop": 1}},
+            "watch_tasks sets a limit, but watch names no recipes",
+        ),
         ({"old_tasks": {"max_drop": -1}}, "guard.old_tasks.max_drop.*0 or more.*-1"),
         ({"old_tasks": {"min_gain": 1}}, "unknown key 'guard.old_tasks.min_gain'"),
         ({"new_task": {"min_gain": 1}, "on_failure": "undo"}, "on_failure must be one of rollback.*undo"),

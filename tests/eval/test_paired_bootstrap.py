@@ -65,6 +65,16 @@ def test_few_examples_without_a_flip_prove_nothing_and_many_do():
     assert few.outcome(-1) is Outcome.UNDECIDED and many.outcome(-1) is Outcome.HELD
 
 
+def test_a_level_beyond_what_the_samples_tell_has_bounds_of_normal_theory():
+    scores = [100] * 300 + [0] * 200, [0] * 40 + [100] * 290 + [0] * 170
+    change, usual = (mean_change(*scores, level) for level in (1 - 1e-7, 0.99))
+    assert change.high == pytest.approx(change.points + 5.2 * change.error, abs=0.2)
+    assert change.low == pytest.approx(change.points - 5.2 * change.error, abs=0.2)
+    assert change.error == usual.error and change.low < usual.low and change.high > usual.high
+    few = mean_change([100] * 3, [100] * 3, 1 - 1e-7)
+    assert (few.low, few.high) == (-100, 100)  # A mean changes by no more.
+
+
 def test_three_flips_to_one_side_are_no_proof_of_a_drop():
     scores = [0] * 3 + [100] * 497
     assert mean_change([100] * 500, scores, 0.95).outcome(0) is Outcome.UNDECIDED

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from llava_keeplora.cli import main
-from llava_keeplora.guard import checkpoints
+from llava_keeplora.guard import checkpoints, ci
 from llava_keeplora.guard.ci import workflow_text
 from llava_keeplora.guard.text import verdict_markdown
 from llava_keeplora_eval.models import load_clip, resolve_model
@@ -231,6 +231,51 @@ def test_a_path_that_looks_like_an_option_stays_one_word_of_the_workflow():
     steps = yaml.safe_load(workflow_text(words, words[-1]))["jobs"]["guard"]["steps"]
     (script,) = [step["run"] for step in steps if "llava-keeplora guard" in step.get("run", "")]
     assert shlex.split(script.replace("\\\n", "")) == words and script.count("\n") == 3
+
+
+HTTPS = "https://example.org/o/keeplora.git"
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (None, "llava-keeplora==9.9"),
+        (
+            {"url": HTTPS, "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+            f"llava-keeplora @ git+{HTTPS}@abc",
+        ),
+        ({"origin": HTTPS, "dir_info": {"editable": True}}, f"llava-keeplora @ git+{HTTPS}"),
+        (
+            {"origin": "https://me:token@example.org/o/k.git", "dir_info": {}},
+            "git+https://example.org/o/k.git",
+        ),
+        ({"origin": "git@example.org:o/keeplora.git", "dir_info": {}}, f"llava-keeplora @ git+{HTTPS}"),
+        ({"origin": "/srv/keeplora", "dir_info": {}}, ""),
+        ({"dir_info": {}}, ""),
+    ],
+)
+def test_the_workflow_installs_the_package_as_it_is_here(record, expected, tmp_path, monkeypatch):
+    folder = tmp_path / "a clone"
+    if record and "dir_info" in record:
+        subprocess.run(["git", "init", "-q", folder], check=True)
+        record["url"] = folder.as_uri()
+        if origin := record.pop("origin", None):
+            subprocess.run(["git", "-C", folder, "remote", "add", "origin", origin], check=True)
+    text = record and json.dumps(record)
+    package = SimpleNamespace(version="9.9", read_text=lambda name: text)
+    monkeypatch.setattr(ci, "distribution", lambda name: package)
+    assert ci.requirement().endswith(expected) if expected else ci.requirement() == ""
+    steps = yaml.safe_load(workflow_text(["llava-keeplora", "guard"], "guard"))["jobs"]["guard"]["steps"]
+    (step,) = [step for step in steps if step.get("name") == "Install"]
+    assert step["env"]["PACKAGE"] == f"${{{{ vars.LLAVA_KEEPLORA || '{ci.requirement()}' }}}}"
+    # GitHub's shell, with a pip that prints what it is given.
+    script = "pip() { printf '%s\\n' \"$@\"; }\n" + step["run"]
+    for value in (ci.requirement(), "git+https://example.org/other"):
+        done = subprocess.run(
+            ["bash", "-e", "-c", script], env={"PACKAGE": value}, capture_output=True, text=True
+        )
+        assert done.stdout.splitlines() == (["install", value] if value else [])
+        assert value or (done.returncode and "set the repository variable LLAVA_KEEPLORA" in done.stderr)
 
 
 def test_init_overwrites_nothing_and_writes_nothing_then(repository, capsys):

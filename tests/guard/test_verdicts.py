@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 
 from llava_keeplora.config import load_config
+from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_json
 from llava_keeplora.guard import NEW, OLD, WATCH, Limit, exit_code, judge, run_record, verdict_lines
 from llava_keeplora.guard.text import change_lines, verdict_markdown
 from llava_keeplora.guard.verdicts import read_marks, read_verdicts
 from llava_keeplora.report.verdict import verdict_html
+from llava_keeplora_eval import Matrix
 from llava_keeplora_recipes import load_recipe, load_split
 
 
@@ -60,6 +62,11 @@ def test_verdicts_on_tasks_that_a_list_lacks_come_last(tmp_path):
     assert read_marks(tmp_path / "lora", ["a"]) == {"a": "rolled back", "z": "stopped"}
 
 
+def test_a_limit_of_nothing_is_0_in_words(shapes, answers):
+    record = judge("shapes", [Limit(OLD, shapes, answers(9), answers(9), 0.0)], 0.95)
+    assert "; at most 0 down;" in verdict_lines(record)[1]
+
+
 def test_a_model_that_did_not_change_ships(shapes, answers):
     record = judge("shapes", [Limit(OLD, shapes, answers(9), answers(9), 0.0)], 0.95)
     assert record["ship"]
@@ -97,10 +104,13 @@ def test_the_page_begins_with_the_verdict_and_the_code_is_3(verdict, shapes, tmp
     folder = tmp_path / "keeplora/aside/01-shapes"
     folder.mkdir(parents=True)
     (folder / "guard.json").write_text(json.dumps(verdict))
+    Matrix(["digits", "shapes"]).to_json(tmp_path / "keeplora/matrix.json")
     record = run_record(tmp_path, ["zero-shot", "keeplora"], ["digits", "shapes"])
     Path(tmp_path / "guard.json").write_text(json.dumps(record))
     assert not record["ship"] and list(record["methods"]) == ["keeplora"]
     assert exit_code(tmp_path) == 3 and exit_code(tmp_path, "digits") == 0
+    with pytest.raises(RunError, match="no task 'digts'; did you mean 'digits'"):
+        exit_code(tmp_path, "digts")
     page = verdict_html(tmp_path)
     assert (
         page.count('<img src="data:image/jpeg;base64,') == 10

@@ -67,11 +67,9 @@ def test_the_terminal_and_the_matrix_of_a_program_have_them_and_say_what_was_rol
     matrix = RunMatrix.of(tmp_path, {"lora": MATRIX, "zero-shot": MATRIX})
     texts = [summary(tmp_path, {"lora": [MATRIX], "zero-shot": [MATRIX]}), repr(matrix)]
     for text in texts:
-        assert "| b (rolled back) | 8.0 | 9.0 | 1.0 |" in text and "| pope (watched) |" in text.replace(
-            "after | ", ""
-        )
-        assert "| b | 78.0 |" in text and text.count("pope") == 1
-    assert "b (rolled back)" in (page := matrix._repr_html_()) and page.count("pope") == 1
+        assert "| b (rolled back) | 8.0 | 9.0 | 1.0 |" in text and "| b | 78.0 |" in text
+        assert text.count("pope (watched)") == 1
+    assert "b (rolled back)" in (page := matrix._repr_html_()) and page.count("pope (watched)") == 1
     assert matrix.watched["lora"]["b"] == {"pope": 78.0} and matrix.watched["zero-shot"] == {}
     assert RunMatrix({"lora": MATRIX}).watched == {"lora": {}}
 
