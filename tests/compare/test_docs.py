@@ -14,6 +14,7 @@ from llava_keeplora.cli.tables import run_ablate
 from llava_keeplora.compare import load_ablation, load_table
 from llava_keeplora.compare.jobs import table_jobs, tuning_jobs
 from llava_keeplora.config import parse_config, read_config
+from llava_keeplora.methods import METHODS
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "compare.md").read_text()
@@ -66,7 +67,7 @@ def test_every_command_runs_and_leaves_what_the_page_says(folder, started, capfd
 
 def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
     commands = re.findall(r"^    llava-keeplora (.*)$", (DOCS / "results.md").read_text(), re.M)
-    assert len(commands) == 13
+    assert len(commands) == 15
     counts = []
     for command in commands:
         args = cli.parse_arguments(cli.build_parser(), shlex.split(command))
@@ -86,6 +87,8 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
         4 * 3,
         2 * 3,
         7 * 3,
+        19 * 4,
+        19,
         19 * 4,
         19,
         10 * 3 + 10,
@@ -121,3 +124,28 @@ def test_the_real_tables_try_four_settings_of_every_first_method_of_their_family
         and parse_config(final["I"][0].tree).tasks == base.tasks
     )
     assert all(set(parse_config(job.tree).tasks) < set(base.tasks) for jobs in tried.values() for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "left_out"),
+    [
+        ("table-learned", "clip", {"zscl", "moe-adapters", "iap"}),  # without adapters of the same rank
+        ("table-learned-llava", "llava", set()),
+    ],
+)
+def test_the_learned_tables_tune_every_method_of_their_family_alike_and_never_the_bounds(
+    name, family, left_out
+):
+    table = load_table(name)
+    methods = {label for label, method in METHODS.items() if family in method.info.families}
+    assert set(table.methods) == methods - left_out - {"zero-shot"}
+    tried = {
+        label: tuple(parse_config(job.tree).methods[label].training["learning_rate"] for job in jobs)
+        for label, jobs in tuning_jobs(table).items()
+    }
+    assert {label for label, rates in tried.items() if not rates} == {"individual", "joint"}
+    (rates,) = set(tried.values()) - {()}
+    assert len(set(rates)) == 3
+    assert set(table.tuning_order.tasks["tasks"]) < set(
+        parse_config(table_jobs(table, table.methods)["I"][0].tree).tasks
+    )

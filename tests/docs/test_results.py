@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from llava_keeplora.compare import load_table
+
 ROOT = Path(__file__).parents[2]
 RUNS = json.loads((ROOT / "docs/results/table-learned.json").read_text())
 FAST = json.loads((ROOT / "docs/results/table-learned-fast.json").read_text())
 TRIED = json.loads((ROOT / "docs/results/table-learned-tried.json").read_text())
+SEARCHED = json.loads((ROOT / "docs/results/table-learned-llava-search.json").read_text())
 README = (ROOT / "README.md").read_text()
-LEARNED = (
-    (ROOT / "docs/results.md").read_text().split("\n## CLIP where tasks are learned\n")[1].split("\n## ")[0]
+RESULTS = (ROOT / "docs/results.md").read_text()
+LEARNED, LLAVA = (
+    RESULTS.split(f"\n## {family} where tasks are learned\n")[1].split("\n## ")[0]
+    for family in ("CLIP", "LLaVA")
 )
 NAMES = {"Transfer": "transfer", "Average": "average", "Last": "last", "Forgetting": "forgetting"}
 
@@ -61,3 +66,18 @@ def test_the_curves_are_those_of_the_settings_tried():
         for label, cell in zip(labels, cells, strict=True):
             metrics = scores[label, float(rate)]
             assert cell == ", ".join(f"{metrics[name]:.1f}" for name in ("transfer", "average", "last"))
+
+
+def test_the_table_of_the_tasks_searched_is_that_of_the_result_file():
+    header, rows = next((header, rows) for header, rows in tables(LLAVA) if header[0] == "task")
+    kinds = {"classification": "classes", "vqa": "questions", "captioning": "captions"}
+    assert {row[0] for row in rows} == set(SEARCHED)
+    for task, kind, held_out, *scores in rows:
+        numbers = SEARCHED[task]
+        assert (kind, held_out) == (kinds[numbers["kind"]], str(numbers["held_out"]))
+        assert scores == [f"{numbers[key]:.1f}" if key in numbers else "" for key in header[3:]], task
+
+
+def test_individual_training_gains_ten_points_on_every_task_of_the_learned_llava_table():
+    for task in load_table("table-learned-llava").order("I").tasks["tasks"]:
+        assert SEARCHED[task]["8 epochs"] - SEARCHED[task]["zero-shot"] >= 10, task
