@@ -86,7 +86,8 @@ def run_plan(args: argparse.Namespace) -> None:
 
 def run_report(args: argparse.Namespace) -> None:
     """Write the report of runs and print its summary."""
-    from llava_keeplora.report.run_report import summary, write_run_report
+    with without_collection():
+        from llava_keeplora.report.run_report import summary, write_run_report
 
     results = write_run_report(*args.run_folders, into=args.into)
     sys.stdout.write(summary(args.into or args.run_folders[0], results))
@@ -98,8 +99,9 @@ def run_doctor(args: argparse.Namespace) -> None:
     Raises:
         RunError: a check has failed.
     """
-    from llava_keeplora.doctor import examine_machine, examine_run
-    from llava_keeplora.errors import RunError, UserError
+    with without_collection():
+        from llava_keeplora.doctor import examine_machine, examine_run
+        from llava_keeplora.errors import RunError, UserError
 
     problems = 0
     for check in examine_run(args.run_folder) if args.run_folder else examine_machine():
@@ -114,10 +116,11 @@ def run_doctor(args: argparse.Namespace) -> None:
 
 def run_list(args: argparse.Namespace) -> None:
     """Print the names of methods, tasks, sequences, configurations and models."""
-    from llava_keeplora.config import list_configs, list_tables
-    from llava_keeplora.methods import METHODS
-    from llava_keeplora_eval.models import EMBEDDED
-    from llava_keeplora_recipes import list_recipes, list_sequences
+    with without_collection():
+        from llava_keeplora.config import list_configs, list_tables
+        from llava_keeplora.methods import METHODS
+        from llava_keeplora_eval.models import EMBEDDED
+        from llava_keeplora_recipes import list_recipes, list_sequences
 
     lines = ["methods"]
     lines += [
