@@ -11,7 +11,8 @@ import torch
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Crops, Family, Images, Inputs, Prepared
-from llava_keeplora.models.clip import ClipFamily, ClipTask
+from llava_keeplora.models.clip import ClipFamily
+from llava_keeplora.models.clip_task import ClipTask
 from llava_keeplora.models.crops import RandomCrops
 from llava_keeplora.models.given import GivenModel
 from llava_keeplora.models.llava import LlavaFamily, LlavaTask
