@@ -154,7 +154,7 @@ def held(lengths):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) / 1024
 
-print(held(range(1, 46)), held(range(46, 91)))
+print(held(range(1, 91)), held(range(91, 136)))
 """
 
 
@@ -163,7 +163,8 @@ print(held(range(1, 46)), held(range(46, 91)))
     not os.path.exists("/proc/self/status"), reason="resident memory is read from Linux's /proc"
 )
 def test_memory_of_a_bf16_run_on_a_cpu_grows_little_with_new_lengths_of_a_batch():
-    # What a compiled product takes depends on the processor: 2 MB a length without the bound on one, 1 MB on another.
+    # What a compiled product takes depends on the processor: 2 MB a length without the bound on one, 1 MB on another. The
+    # bounded caches are full after 90 lengths at the latest: 45 more take 1 MB then, and 87 MB without the bound.
     environment = {
         k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")
     }  # Another test's command may have set them here.
@@ -173,4 +174,4 @@ def test_memory_of_a_bf16_run_on_a_cpu_grows_little_with_new_lengths_of_a_batch(
         assert code == 0, err
         before, after = map(float, out.split())
         growth[bound] = after - before
-    assert growth["libraries"] > 30 and growth["bounded"] < 0.4 * growth["libraries"], growth
+    assert growth["libraries"] > 30 and growth["bounded"] < 0.2 * growth["libraries"], growth
