@@ -164,7 +164,7 @@ print(held(range(1, 91)), held(range(91, 136)))
 )
 def test_memory_of_a_bf16_run_on_a_cpu_grows_little_with_new_lengths_of_a_batch():
     # What a compiled product takes depends on the processor: 2 MB a length without the bound on one, 1 MB on another. The
-    # bounded caches are full after 90 lengths at the latest: 45 more take 1 MB then, and 87 MB without the bound.
+    # bounded caches are nearly full after 90 lengths: 45 more take 8 MB then, and 81 MB without the bound.
     environment = {
         k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")
     }  # Another test's command may have set them here.
