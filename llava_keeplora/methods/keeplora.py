@@ -12,6 +12,9 @@ B towards W'. `form: delta` is the former and the default, `form: literal` the l
 CVPR 2022, arXiv 2109.01903): less is learned of a task, and disproportionately less is lost of everything
 else. The features of M_t are those of the interpolated model. It is no part of the paper.
 
+`distillation: λ` keeps the image features of a model of two encoders near those of the task's start, see
+`kept_features.py`. It is no part of the paper either.
+
 Differences from the paper:
 
 - The default `form` differs under weight decay.
@@ -45,7 +48,7 @@ from torch import Tensor
 
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas, dense_weight, project_deltas
 from llava_keeplora.adapters.task_vectors import scale_deltas
-from llava_keeplora.errors import MethodError, nearest
+from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Holding, Layer, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.methods.feature_budget import BUDGET, budget_left, feature_budgets
 from llava_keeplora.methods.gradient_init import (
@@ -59,10 +62,11 @@ from llava_keeplora.methods.keeplora_log import (
     log_gradient_estimates,
     warn_unreached_energy,
 )
+from llava_keeplora.methods.keeplora_options import check_options
+from llava_keeplora.methods.kept_features import FEATURES_COST, KeptFeatures
 from llava_keeplora.methods.layers import in_layer, unsure_layers
 from llava_keeplora.methods.presets import RULES, least_statistics
-from llava_keeplora.methods.protecting import ProtectingMethod
-from llava_keeplora.methods.shares import AUTO, Share, check_fraction, read_features
+from llava_keeplora.methods.shares import AUTO, Share, read_features
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.subspace import (
     FeatureDirections,
@@ -72,16 +76,8 @@ from llava_keeplora.subspace import (
     least_share,
 )
 
-CHOICES = {
-    "preset": tuple(RULES),
-    "form": ("delta", "literal"),
-    "init": ("gradient", "random"),
-    "gradient": ("sketch", "dense"),
-    "feature_rule": ("energy", "splitlora"),
-}
 
-
-class KeepLora(ProtectingMethod):
+class KeepLora(KeptFeatures):
     """KeepLoRA as `methods/keeplora.py` describes it."""
 
     info = MethodInfo(
@@ -116,6 +112,8 @@ class KeepLora(ProtectingMethod):
             plasticity: α of the rule `splitlora`; more leaves more directions free.
             interpolation: λ, the share of a task's update that is merged; 1 is the whole of it. Parts that
                 are trained in full keep the whole. The preset's when None.
+            distillation: λ, the weight of keeping the task's image features near those of its start, on a
+                model of two encoders; 0 for none. The preset's when None.
         """
 
         preset: str = "paper"
@@ -129,44 +127,10 @@ class KeepLora(ProtectingMethod):
         feature_rule: str = "energy"
         plasticity: float = 20.0
         interpolation: float | None = None
+        distillation: float | None = None
 
         def __post_init__(self) -> None:
-            for name, valid in CHOICES.items():
-                value = getattr(self, name)
-                if value not in valid and not (name in ("form", "gradient") and value is None):
-                    raise MethodError(
-                        f"{name} must be one of {', '.join(valid)} (got '{value}')",
-                        nearest(str(value), valid),
-                    )
-            for name in ("gradient_fraction", "feature_fraction"):
-                check_fraction(name, getattr(self, name))
-            if self.feature_fraction not in (AUTO, 1.0) and RULES[self.preset].evidence == "gradient":
-                raise MethodError(
-                    f"feature_fraction is {self.feature_fraction}, but the preset '{self.preset}' reads "
-                    "gradients instead of features",
-                    "set gradient_fraction",
-                )
-            if self.feature_rule != "energy" and RULES[self.preset].released:
-                raise MethodError(
-                    f"feature_rule is '{self.feature_rule}', but the preset '{self.preset}' follows released "
-                    "code, which has ε_f alone",
-                    "use the preset 'paper'",
-                )
-            if not self.plasticity >= 0.0:
-                raise MethodError(
-                    f"plasticity must not be negative (got {self.plasticity})", "set it to 20, as published"
-                )
-            if self.interpolation is not None and not 0.0 < self.interpolation <= 1.0:
-                raise MethodError(
-                    f"interpolation must be in (0, 1] (got {self.interpolation})",
-                    "set it to 1 to merge the whole of a task's update",
-                )
-            if self.gradient == "sketch" and RULES[self.preset].gradient == "dense":
-                raise MethodError(
-                    f"gradient is 'sketch', but the preset '{self.preset}' sums gradients in full, as the "
-                    "released code does",
-                    "remove `gradient: sketch`",
-                )
+            check_options(self)
 
     def __init__(self, options: "KeepLora.Options"):
         super().__init__(options)
@@ -178,6 +142,9 @@ class KeepLora(ProtectingMethod):
         )
         self.form = options.form or self.rules.form
         self.interpolation = options.interpolation or self.rules.interpolation
+        self.distillation = self.rules.distillation if options.distillation is None else options.distillation
+        if self.distillation:
+            self.stage_cost = self.stage_cost | {Stage.TRAINED: FEATURES_COST}
         self.one_process = self.rules.one_process and options.protect_features
         self.gradient_fraction, self.feature_fraction = (
             1.0 if share == AUTO and self.rules.released else share

@@ -98,17 +98,17 @@ class KeepLoraPlus(KeepLora):
         model.register_parameter(ROWS, rows)
         self._trained = {ctx.name: rows}
         try:
-            yield
+            with super().training_context(ctx, model):
+                yield
         finally:
             delattr(model, ROWS)
             self._trained = {}
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
         """Return the cross-entropy of the sum of the text logits and the classifier's."""
-        return cross_entropy(
-            out["logits"].float() + cosine_logits(out["image"], self._trained[ctx.name], self.options.scale),
-            batch["labels"],
-        )
+        rows = cosine_logits(out["image"], self._trained[ctx.name], self.options.scale)
+        own = cross_entropy(out["logits"].float() + rows, batch["labels"])
+        return super().loss(ctx, batch, {**out, "loss": own})
 
     def extra_state(self) -> dict[str, Tensor]:
         """Return the task's rows in fp32."""

@@ -59,6 +59,8 @@ class PaperRules:
     released = False
     #: What share of a task's update is merged.
     interpolation = 1.0
+    #: The weight of keeping image features near those of the task's start.
+    distillation = 0.0
 
     @staticmethod
     def weight_basis(weight: Tensor, energy: float) -> PrincipalBasis:

@@ -1,0 +1,76 @@
+"""Checks of KeepLoRA's settings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from llava_keeplora.errors import MethodError, nearest
+from llava_keeplora.methods.presets import RULES
+from llava_keeplora.methods.shares import AUTO, check_fraction
+
+CHOICES = {
+    "preset": tuple(RULES),
+    "form": ("delta", "literal"),
+    "init": ("gradient", "random"),
+    "gradient": ("sketch", "dense"),
+    "feature_rule": ("energy", "splitlora"),
+}
+
+
+def check_options(options: Any) -> None:
+    """Check the settings of KeepLoRA against each other.
+
+    Args:
+        options: `KeepLora.Options`.
+
+    Raises:
+        MethodError: naming the setting.
+    """
+    for name, valid in CHOICES.items():
+        value = getattr(options, name)
+        if value not in valid and not (name in ("form", "gradient") and value is None):
+            raise MethodError(
+                f"{name} must be one of {', '.join(valid)} (got '{value}')",
+                nearest(str(value), valid),
+            )
+    for name in ("gradient_fraction", "feature_fraction"):
+        check_fraction(name, getattr(options, name))
+    if options.feature_fraction not in (AUTO, 1.0) and RULES[options.preset].evidence == "gradient":
+        raise MethodError(
+            f"feature_fraction is {options.feature_fraction}, but the preset '{options.preset}' reads "
+            "gradients instead of features",
+            "set gradient_fraction",
+        )
+    if options.feature_rule != "energy" and RULES[options.preset].released:
+        raise MethodError(
+            f"feature_rule is '{options.feature_rule}', but the preset '{options.preset}' follows released "
+            "code, which has ε_f alone",
+            "use the preset 'paper'",
+        )
+    if not options.plasticity >= 0.0:
+        raise MethodError(
+            f"plasticity must not be negative (got {options.plasticity})", "set it to 20, as published"
+        )
+    if options.interpolation is not None and not 0.0 < options.interpolation <= 1.0:
+        raise MethodError(
+            f"interpolation must be in (0, 1] (got {options.interpolation})",
+            "set it to 1 to merge the whole of a task's update",
+        )
+    if options.distillation is not None and not 0.0 <= options.distillation < math.inf:
+        raise MethodError(
+            f"distillation must be 0 or a positive number (got {options.distillation})",
+            "set it to 0 for none",
+        )
+    if options.distillation and (options.form or RULES[options.preset].form) == "literal":
+        raise MethodError(
+            "distillation takes the model at the task's start as teacher, from which the literal form "
+            "does not start",
+            "set form to 'delta', or distillation to 0",
+        )
+    if options.gradient == "sketch" and RULES[options.preset].gradient == "dense":
+        raise MethodError(
+            f"gradient is 'sketch', but the preset '{options.preset}' sums gradients in full, as the "
+            "released code does",
+            "remove `gradient: sketch`",
+        )

@@ -1,0 +1,115 @@
+"""KeepLoRA that keeps image features while a task is learned: the loss, what is refused, resuming."""
+
+import pytest
+import torch
+from torch import nn
+
+from llava_keeplora.adapters import AdapterInit, attach, detach
+from llava_keeplora.errors import MethodError
+from llava_keeplora.methods import METHODS, TaskContext
+from llava_keeplora.testing import check_method
+
+KeepLora, KeepLoraPlus = METHODS["keeplora"], METHODS["keeplora+"]
+
+
+class Net(nn.Module):
+    """An image encoder of one adapted layer; the class prompts' features are constant."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.adapted, self.text = nn.Linear(12, 5), nn.Linear(5, 3, bias=False)
+        self.requires_grad_(False)
+
+    def get_text_features(self):
+        return self.text.weight
+
+    def forward(self, pixel_values, labels):
+        image = self.adapted(pixel_values.flatten(1)).tanh()
+        image = image / image.norm(dim=1, keepdim=True)
+        logits = self.text(image)
+        return {"image": image, "logits": logits, "loss": nn.functional.cross_entropy(logits, labels)}
+
+
+@pytest.fixture
+def net():
+    model = Net()
+    wrapper = attach(model, {"adapted": AdapterInit(2, 3.0)})
+    yield model
+    detach(wrapper)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(1)
+    return {"pixel_values": torch.randn(6, 3, 2, 2), "labels": torch.tensor([0, 1, 2, 0, 1, 2])}
+
+
+def context(net):
+    return TaskContext(
+        1, "task", {}, gradients=None, features=None, seed=7, statistics_bytes=0, model=net, forward=net
+    )
+
+
+def move(net):
+    with torch.no_grad():
+        net.adapted.lora_B["default"].weight.normal_()
+
+
+def test_without_distillation_the_loss_is_the_tasks_own(net, batch):
+    method, ctx, out = KeepLora(KeepLora.Options()), context(net), net(**batch)
+    with method.training_context(ctx, net):
+        assert method.loss(ctx, batch, out) is out["loss"]
+    assert method.stage_cost is KeepLora.stage_cost
+
+
+def test_the_loss_adds_the_mean_of_one_minus_cosine_to_the_features_at_the_start(net, batch):
+    method, ctx = KeepLora(KeepLora.Options(distillation=4.0)), context(net)
+    with method.training_context(ctx, net):
+        start = net(**batch)
+        torch.testing.assert_close(method.loss(ctx, batch, start), start["loss"])
+        move(net)
+        out = net(**batch)
+        loss = method.loss(ctx, batch, out)
+        naive = sum(1 - a @ b for a, b in zip(start["image"].detach(), out["image"])) / 6
+        torch.testing.assert_close(loss, out["loss"] + 4.0 * naive)
+        loss.backward()
+        assert float(naive.detach()) > 0.01 and float(net.adapted.lora_B["default"].weight.grad.norm()) > 0
+
+
+def test_a_model_that_is_not_of_two_encoders_is_refused():
+    method = KeepLora(KeepLora.Options(distillation=1.0))
+    with (
+        pytest.raises(MethodError, match="features of models of two encoders"),
+        method.training_context(context(None), nn.Linear(2, 2)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
+def test_a_strength_that_is_no_weight_is_refused(strength):
+    with pytest.raises(MethodError, match="distillation must be 0 or a positive number"):
+        KeepLora.Options(distillation=strength)
+
+
+@pytest.mark.parametrize("options", [{"form": "literal"}, {"preset": "released-clip"}])
+def test_the_literal_form_has_no_model_at_the_start_and_is_refused(options):
+    with pytest.raises(MethodError, match="from which the literal form does not start"):
+        KeepLora.Options(distillation=1.0, **options)
+
+
+def test_a_classifier_beside_it_keeps_both_losses(net, batch):
+    method, ctx, start = KeepLoraPlus(KeepLoraPlus.Options(distillation=4.0)), context(net), net(**batch)
+    method._trained = {"task": nn.Parameter(torch.randn(3, 5))}
+    with super(KeepLoraPlus, method).training_context(ctx, net):
+        move(net)
+        out = net(**batch)
+        both = method.loss(ctx, batch, out)
+    alone = method.loss(ctx, batch, out)
+    naive = sum(1 - a @ b for a, b in zip(start["image"], out["image"])) / 6
+    torch.testing.assert_close(both, alone + 4.0 * naive)
+
+
+@pytest.mark.slow
+def test_a_run_resumes_within_training_and_extends_bit_for_bit():
+    check_method(KeepLora, {"distillation": 10.0})
