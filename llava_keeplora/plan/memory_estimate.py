@@ -22,7 +22,7 @@ from llava_keeplora.adapters import is_quantised
 from llava_keeplora.capture import autocast, autocast_dtype, feature_pass, gradient_pass
 from llava_keeplora.config import EXPORT_EXAMPLES
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import Layer
+from llava_keeplora.methods import Layer, Method
 from llava_keeplora.methods.gradient_init import gradient_statistic
 from llava_keeplora.methods.presets import least_statistics
 from llava_keeplora.models import repeated
@@ -48,6 +48,21 @@ class Peak:
 
     device: int
     host: int = 0
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One optimiser step, measured.
+
+    Args:
+        bytes: peak on the device besides the model.
+        numbers: how many numbers are trained.
+        size: most bytes of one of them.
+    """
+
+    bytes: int
+    numbers: int
+    size: int
 
 
 class MemoryEstimate(Sizes):
@@ -288,6 +303,39 @@ class MemoryEstimate(Sizes):
             # A step on several tasks' data is one of several batches.
             int(self.training.get("gradient_accumulation_steps", 1)) > 1 or self.method.mixes,
         )
+        key = self._step_key(accumulated)
+        step = self._once(key, lambda: self._step(accumulated)) if key else self._step(accumulated)
+        training, numbers, size = step.bytes, step.numbers, step.size
+        if self.cpu:  # What is kept of earlier tasks is counted with the host's memory.
+            training -= self.state_bytes(len(self.work) - 1)
+        host = 0
+        if split:
+            states, host = self.sharding.states(numbers)
+            # The rehearsal kept the gradients unsplit.
+            training += states + self.sharding.gradients(numbers, size) - numbers * size
+        elif self.sharding.world > 1:
+            # The processes' gradients are averaged in buckets, which are copies of them.
+            training += numbers * size
+        return self._sum(training, tasks=len(self.work) - 1, host=host)
+
+    def _step_key(self, accumulated: bool) -> Any:
+        """Return what a step depends on that differs between methods; None for one with a loss of its own."""
+        cls, tasks = type(self.method), len(self.work) - 1
+        if (
+            cls.loss is not Method.loss
+            or cls.training_context is not Method.training_context
+            or self.method.planned_state(self.layers, tasks) is not None
+        ):
+            return None
+        adapters = [(name, i.rank, i.train_A, i.train_B) for name, i in self._inits().items()]
+        batch = (self.trained.name, self._batch_size(self.trained))
+        return repr(
+            ("step", adapters, [*self.changed.full], self.method.dropout, self.training, batch, accumulated)
+        )
+
+    def _step(self, accumulated: bool) -> _Step:
+        """Measure one step of training on fake tensors."""
+        split = self.sharding.stage is not None
         with self._adapters(), self._fake_model() as meter:
             parameters = self._trained_parameters()
             held = (
@@ -314,20 +362,9 @@ class MemoryEstimate(Sizes):
                     loss = loss_of(self._batch())
                 loss.backward()
             training = meter.peak - self.model_bytes
-            if self.cpu:  # What is kept of earlier tasks is counted with the host's memory.
-                training -= self.state_bytes(len(self.work) - 1)
-            numbers, size = sum(p.numel() for p in parameters), max(p.itemsize for p in parameters)
             task.eval()
             del held, loss
-        host = 0
-        if split:
-            states, host = self.sharding.states(numbers)
-            # The rehearsal kept the gradients unsplit.
-            training += states + self.sharding.gradients(numbers, size) - numbers * size
-        elif self.sharding.world > 1:
-            # The processes' gradients are averaged in buckets, which are copies of them.
-            training += numbers * size
-        return self._sum(training, tasks=len(self.work) - 1, host=host)
+            return _Step(training, sum(p.numel() for p in parameters), max(p.itemsize for p in parameters))
 
     def _adam_moments(self) -> int:
         """Return how many tensors of a parameter's size the optimiser keeps; AdamW keeps two."""
@@ -343,9 +380,13 @@ class MemoryEstimate(Sizes):
     def _evaluate(self) -> Peak:
         work, size = self.largest, min(self.config.evaluation.batch_size, max(w.test for w in self.work))
         tasks = len(self.work)
-        with self._fake_model() as meter, torch.no_grad():
-            self.family.answer(work, size)
-            answering = meter.peak - self.model_bytes
+
+        def measure() -> int:
+            with self._fake_model() as meter, torch.no_grad():
+                self.family.answer(work, size)
+                return int(meter.peak - self.model_bytes)
+
+        answering = self._once(("answer", size), measure)
         return self._sum(answering, tasks=tasks, host=self._answer_bytes(tasks)[1])
 
     @cached_property
@@ -356,10 +397,14 @@ class MemoryEstimate(Sizes):
         time: when it is read, when a merged one is written or converted to fp32, or when the process that
         loads it again converts it to bf16.
         """
-        with self._fake_model() as meter, torch.no_grad():
-            size = min(EXPORT_EXAMPLES, self.largest.test)
-            self.family.workload_task(self.largest)(**repeated(self.largest.example, size))
-            computing = (meter.peak - self.model_bytes) * F32 // self.dtype.itemsize
+        size = min(EXPORT_EXAMPLES, self.largest.test)
+
+        def measure() -> int:
+            with self._fake_model() as meter, torch.no_grad():
+                self.family.workload_task(self.largest)(**repeated(self.largest.example, size))
+                return int(meter.peak - self.model_bytes)
+
+        computing = self._once(("export", size), measure) * F32 // self.dtype.itemsize
         numbers = self._dense_numbers
         host = max(
             self._reading, numbers * (F32 + F16), numbers * F32 + computing

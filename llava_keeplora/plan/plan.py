@@ -27,6 +27,7 @@ from llava_keeplora.plan.memory_estimate import F32, MemoryEstimate
 from llava_keeplora.plan.sharding import read_sharding
 from llava_keeplora.plan.workload import read_general_work, read_work
 from llava_keeplora.run_folder import Stage
+from llava_keeplora.start.check import check_processes
 from llava_keeplora.steps import Budget
 from llava_keeplora.subspace import guaranteed_room
 
@@ -129,7 +130,8 @@ class Plan:
 def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float | None = None) -> Plan:
     """Estimate peak memory of every stage, disk space, parameters and steps, without loading weights.
 
-    Methods that can't be rehearsed without data are left out, and listed in `Plan.left_out`.
+    Methods that can't be rehearsed without data are left out, and so are those that do not run in as many
+    processes or with the sharding; `Plan.left_out` lists them.
 
     Args:
         config: the run.
@@ -144,8 +146,13 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float |
         raise ConfigError(
             "no method of the run learns anything, so there is nothing to plan", "name one under methods"
         )
+    machine = find_machine(gpus, gpu_memory_gb)
+    refused = _refused(config, max(1, machine.gpus))
+    config = dataclasses.replace(
+        config, methods={label: row for label, row in config.methods.items() if label not in refused}
+    )
     # Whatever a start would refuse is refused first, also where nothing can be estimated.
-    scenarios = _Scenarios(config, find_machine(gpus, gpu_memory_gb))
+    scenarios = _Scenarios(config, machine)
     left_out = {
         label: why for label, method in config.methods.items() if (why := _unplanned(make_method(method)))
     }
@@ -170,9 +177,29 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float |
         tuple(w.train for w in work),
         tuple(w.name for w in work if w.assumed),
         tuple(methods),
-        left_out,
+        refused | left_out,
         changes,
     )
+
+
+def _refused(config: RunConfig, world: int) -> dict[str, str]:
+    """Return label → why a start in these processes would refuse the row (the predicate of a sentence).
+
+    Raises:
+        ConfigError: every row would be refused.
+    """
+    sharded = ((deepspeed_config(config) or {}).get("zero_optimization") or {}).get("stage") == 3
+    changed = changed_layers(config, open_model(config.model, config.evaluation)) if sharded else {}
+    refused: dict[str, str] = {}
+    for label, row in config.methods.items():
+        layers = changed[label].adapted.values() if label in changed else ()
+        try:
+            check_processes(label, make_method(row), layers, world, sharded)
+        except ConfigError as error:
+            if len(refused) == len(config.methods) - 1:
+                raise
+            refused[label] = f"is refused by a start: {str(error).rstrip('.')}"
+    return refused
 
 
 def _unplanned(method: Method) -> str | None:
@@ -267,9 +294,10 @@ class _Scenarios:
             label: method for label, method in config.methods.items() if not _unplanned(make_method(method))
         }
         general = {label: self._general(config, label, family) for label in planned}
+        shared: dict[Any, Any] = {}
         return {
             label: MemoryEstimate(
-                config, method, family, self.work, sharding, gpus == 0, base_copies, general[label]
+                config, method, family, self.work, sharding, gpus == 0, base_copies, general[label], shared
             )
             for label, method in planned.items()
         }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from llava_keeplora.plan.sharding import Sharding
 from llava_keeplora_eval.llava import question_features
 from llava_keeplora_eval.predictors import image_features, prompt_features, to_dtype
 
+Measured = TypeVar("Measured")
+
 
 class Rehearsal:
     """One method of a run on a kind of machine, to be executed on fake tensors.
@@ -33,6 +35,7 @@ class Rehearsal:
         cpu: whether the run has no GPU.
         base_copies: bytes of the base's weights that a run copies, of all layers that any method changes.
         general: the method's general data, see `Method.general_data_spec`; None for none.
+        shared: what was measured for other methods of the run; see `_once`.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Rehearsal:
         cpu: bool,
         base_copies: int,
         general: Work | None = None,
+        shared: dict[Any, Any] | None = None,
     ):
         self.config, self.family, self.work = config, family, work
         self.sharding, self.cpu, self.base_copies = sharding, cpu, base_copies
@@ -56,12 +60,23 @@ class Rehearsal:
         self.dtype = DTYPES[config.model.dtype]
         #: Bytes of the model's parameters and buffers; counted now, before adapters are attached to it.
         self.model_bytes = model_bytes(family.model)
-        self.general = general
+        self.general, self.shared = general, {} if shared is None else shared
         self.largest = max(self.work, key=_numbers)
         #: That with the largest batch.
         self.trained = max(
             [self.largest, *([general] if general else [])], key=lambda w: self._batch_size(w) * _numbers(w)
         )
+
+    def _once(self, key: Any, measure: Callable[[], Measured]) -> Measured:
+        """Return a measurement, which methods for which the key is the same share.
+
+        Args:
+            key: everything that the measurement depends on and that differs between a run's methods.
+            measure: makes it.
+        """
+        if key not in self.shared:
+            self.shared[key] = measure()
+        return self.shared[key]
 
     def _trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that are trained; call it inside `_adapters`."""
@@ -124,17 +139,18 @@ class Rehearsal:
             yield lambda batch: self.method.loss(ctx, batch, task(**batch))
         self.method.load_state_dicts([])
 
+    def _inits(self) -> Mapping[str, AdapterInit]:
+        """Return adapters of the shapes that training uses."""
+        if self.planned is not None:
+            return self.planned
+        if self.subspaces:
+            return {name: AdapterInit(_rank(layer), layer.alpha) for name, layer in self.layers.items()}
+        return self.method.init_adapters(self._context(1))
+
     @contextmanager
     def _adapters(self) -> Iterator[None]:
         """Attach the adapters that training uses to the skeleton, for the length of a block."""
-        model, layers = self.family.model, self.layers
-        ctx = self._context(1)
-        if self.planned is not None:
-            inits = self.planned
-        elif self.subspaces:
-            inits = {name: AdapterInit(_rank(layer), layer.alpha) for name, layer in layers.items()}
-        else:
-            inits = self.method.init_adapters(ctx)
+        model, ctx, inits = self.family.model, self._context(1), self._inits()
         with torch.device("meta"):
             wrapper = attach(model, inits, self.method.dropout)
         stack = ExitStack()

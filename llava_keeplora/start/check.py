@@ -49,13 +49,7 @@ def check_run(
         cls = METHODS[method.method]
         instance = cls(cls.Options(**method.options))
         _check_statistics(label, instance.least_statistics(changed[label].adapted), config)
-        if instance.one_process and world > 1:
-            raise ConfigError(
-                f"'{label}' averages batches in their order, which {world} processes do not keep",
-                "run it in one process",
-            )
-        if sharded:
-            check_auto(changed[label].adapted.values())
+        check_processes(label, instance, changed[label].adapted.values(), world, sharded)
         _check_rates(method, deepspeed)
         # transformers remembers the last DeepSpeed configuration of any arguments, and loads weights by it.
         with loaded_whole():
@@ -69,6 +63,28 @@ def check_run(
                     count,
                     world,
                 )
+
+
+def check_processes(label: str, method: Method, layers: Iterable[Layer], world: int, sharded: bool) -> None:
+    """Check that a row runs in this number of processes, and with this sharding.
+
+    Args:
+        label: its label.
+        method: its method.
+        layers: the layers that it adapts.
+        world: number of processes.
+        sharded: whether ZeRO-3 splits the weights.
+
+    Raises:
+        ConfigError: naming the row or the part.
+    """
+    if method.one_process and world > 1:
+        raise ConfigError(
+            f"'{label}' averages batches in their order, which {world} processes do not keep",
+            "run it in one process",
+        )
+    if sharded:
+        check_auto(layers)
 
 
 def _check_rates(method: MethodConfig, deepspeed: Mapping[str, Any]) -> None:

@@ -1,0 +1,55 @@
+"""Rows of one run in a plan: they share what is the same for them, and one that a start refuses is named alone."""
+
+import pytest
+
+from llava_keeplora.config import parse_config
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.plan import describe, make_plan
+from llava_keeplora.plan.memory_estimate import MemoryEstimate
+
+#: The first three take the same step; `mixed` takes it in several batches, `ewc` has a loss of its own, and `wider` other adapters.
+ROWS = {
+    "seq-lora": {},
+    "mean": {"method": "merge"},
+    "given": {"method": "task-lora", "routing": "oracle"},
+    "mixed": {"method": "replay"},
+    "ewc": {},
+    "wider": {"method": "seq-lora", "parts": {"language": {"rank": 8}}},
+}
+
+
+@pytest.mark.parametrize("gpus", [None, 1])
+def test_rows_share_what_they_have_in_common_and_their_figures_are_those_of_each_alone(
+    wide_tree, monkeypatch, gpus
+):
+    def plan(rows):
+        return make_plan(parse_config(wide_tree(methods=rows)), gpus, 80.0 if gpus else None)
+
+    steps, step = [], MemoryEstimate._step
+    monkeypatch.setattr(MemoryEstimate, "_step", lambda self, *a: steps.append(self.method) or step(self, *a))
+    together = {method.label: method for method in plan(ROWS).methods}
+    assert [method.info.name for method in steps] == ["seq-lora", "replay", "ewc", "seq-lora"]
+    for label, row in ROWS.items():
+        assert together[label] == plan({label: row}).methods[0]
+
+
+def test_a_row_that_runs_in_one_process_is_named_and_the_others_are_planned(run_tree, tmp_path):
+    rows = {"seq-lora": {}, "released": {"method": "keeplora", "preset": "released-clip"}}
+    plan = make_plan(parse_config(run_tree(tmp_path / "run", methods=rows)), 2, 80.0)
+    assert [method.label for method in plan.methods] == ["seq-lora"] and plan.fits
+    assert "not planned: 'released' is refused by a start: 'released' averages batches" in describe(plan)
+    whole = make_plan(parse_config(run_tree(tmp_path / "run", methods=rows)), 1, 80.0)
+    assert [method.label for method in whole.methods] == list(rows) and not whole.left_out
+    rows.pop("seq-lora")
+    with pytest.raises(ConfigError, match="which 2 processes do not keep; run it in one process"):
+        make_plan(parse_config(run_tree(tmp_path / "run", methods=rows)), 2, 80.0)
+
+
+def test_a_row_whose_shares_are_chosen_from_the_weights_is_named_under_zero_3(wide_tree):
+    parts = {"language": {"energy_weight": "auto"}}
+    rows = {"keeplora": {}, "auto": {"method": "keeplora", "parts": parts}}
+    deepspeed = {"zero_optimization": {"stage": 3}}
+    tree = wide_tree(methods=rows, training={"deepspeed": deepspeed})
+    plan = make_plan(parse_config(tree), 2, 80.0)
+    assert [method.label for method in plan.methods] == ["keeplora"]
+    assert "parts.language.energy_weight is 'auto', but ZeRO-3" in plan.left_out["auto"]
