@@ -18,7 +18,7 @@ from llava_keeplora.report.capacity import layer_lines
 from llava_keeplora.report.overlap import overlap
 from llava_keeplora.report.resources import read_needs
 from llava_keeplora.report.results import CapacityStages, Cost, LayerLines, Trial
-from llava_keeplora.report.tables import markdown_table, summary_table
+from llava_keeplora.report.tables import bounds_first, markdown_table, summary_table
 from llava_keeplora.report.verdict import verdict_html
 from llava_keeplora.report.watched import read_watched, stage_table, watched_examples
 from llava_keeplora.report.write_report import DOCUMENTS, write_report
@@ -112,7 +112,8 @@ def read_side_by_side(folders: Sequence[Path]) -> dict[str, list[Trial]]:
         raise RunError("a run is named twice", "name every run once")
     matrices = {folder: read_results(folder) for folder in folders}
     _check_comparable(matrices)
-    return side_by_side(matrices)
+    results = side_by_side(matrices)
+    return {name: results[name] for name in bounds_first(results)}
 
 
 def side_by_side(runs: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[Trial]]:

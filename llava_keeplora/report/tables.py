@@ -9,6 +9,7 @@ from llava_keeplora.report.resources import NEEDS_COLUMNS, budget_note, needs_ro
 from llava_keeplora.report.results import (
     Results,
     Trial,
+    is_bound,
     matrices,
     mean_matrix,
     mean_scores,
@@ -33,6 +34,16 @@ def is_baseline(name: str, trials: Sequence[Matrix]) -> bool:
     """Return whether trials are the base model, which has a zero-shot row and no stage."""
     is_zero_shot = name == ZERO_SHOT or name.startswith(f"{ZERO_SHOT} (")
     return is_zero_shot and all(matrix.zero_shot is not None and not matrix.started for matrix in trials)
+
+
+def bounds_first(results: Results) -> dict[str, Sequence[Trial]]:
+    """Return the results with the base model first, then the bounds, then the methods that learn in order."""
+
+    def group(name: str) -> int:
+        trials = [trial.matrix for trial in results[name]]
+        return 0 if is_baseline(name, trials) else 1 if is_bound(trials) else 2
+
+    return {name: results[name] for name in sorted(results, key=group)}
 
 
 def summary_header(results: Mapping[str, Sequence[Matrix]]) -> list[str]:

@@ -19,7 +19,7 @@ from llava_keeplora.report.latex_csv import latex_tables, report_json, scores_cs
 from llava_keeplora.report.lines import draw_layer_lines
 from llava_keeplora.report.overlap import draw_overlap
 from llava_keeplora.report.results import Results, Trial, mean_cells, mean_lines, mean_matrix
-from llava_keeplora.report.tables import is_baseline, markdown_tables, of_seeds
+from llava_keeplora.report.tables import bounds_first, is_baseline, markdown_tables, of_seeds
 from llava_keeplora.run_folder import (
     LATEX_TABLE,
     REPORT,
@@ -180,6 +180,7 @@ def write_report(
         OSError: the folder cannot be written to.
     """
     _check(results)
+    results = bounds_first(results)
     out_dir = Path(out_dir)
     # Drawn before anything is written, so that an invalid capacity leaves no incomplete report.
     figures, images = {}, {}

@@ -310,3 +310,23 @@ def test_scores_say_what_was_lost_to_style_and_how_many_images_were_dropped():
     assert (rows[1]["after learning it"], rows[1]["lenient now"]) == ("80.0", "n/a")
     # In the middle of a run the tasks not yet learned are as they are now.
     assert score_rows(["a", "b"], [base, first])[1][2:4] == ["1.0", "1.0"]
+
+
+def test_bounds_are_a_group_after_zero_shot_and_before_the_methods_in_every_document(tmp_path, matrix):
+    bound = Matrix(["a", "b"], [10.0, 20.0], [[None, None], [95.0, 85.0]])
+    base = Matrix(["a", "b"], [10.0, 20.0], [])
+    results = {"first": matrix, "joint": bound, "second": matrix, "zero-shot": base, "individual": bound}
+    paths = write_report(tmp_path, "t", {name: [Trial(one)] for name, one in results.items()})
+    order = ["zero-shot", "joint", "individual", "first", "second"]
+    for kind, start in (
+        ("table", r"^\| {} \|"),
+        ("latex", r"^{} &"),
+        ("summary", r"^{},"),
+        ("html", r">{}</t[hd]>"),
+    ):
+        text = paths[kind].read_text()
+        places = [re.search(start.format(name), text, re.M) for name in order]
+        assert all(places), (kind, places)
+        assert [found.start() for found in places] == sorted(found.start() for found in places), kind
+    text = paths["json"].read_text()
+    assert [text.index(f'"{name}"') for name in order] == sorted(text.index(f'"{name}"') for name in order)
