@@ -111,7 +111,8 @@ def _answers_of_base(given: Comparison, data: TaskData) -> tuple[dict[str, str],
     base, few = _Answerer(given, given.base, data), noise_examples(data)
     before = base.answers(data, "base", given.batch_size)
     again = {
-        variant.name: base.answers(few, "noise", variant.batch_size, variant)
+        # Loaded anew: one that has answered keeps its classes' features in the model's precision.
+        variant.name: _Answerer(given, given.base, data).answers(few, "noise", variant.batch_size, variant)
         for variant in variants(given.batch_size, model_dtype(base.predictor.model))
     }
     return before, float(noise_record(few, before, again)["points"])
