@@ -37,10 +37,13 @@ def consequence(verdict: Mapping[str, Any]) -> str:
     kept = f"with {share:g} of its update" if share and verdict.get(THEN) != SHRINK else ""
     again = "tried again later" if RETRIED in verdict else ""
     after = ", ".join(filter(None, (kept, then.get(verdict.get(THEN) or "", ""), again)))
+    done = f" ({after})" if after else ""
+    if not parts:
+        return f"{done}; no limit to judge yet"
     limits = "limit" if len(verdict["limits"]) == 1 else "limits"
     return (
-        f"{f' ({after})' if after else ''}; of {len(verdict['limits'])} {limits}, "
-        f"{', '.join(parts)}, at {100 * verdict['confidence']:g} % confidence together"
+        f"{done}; of {len(verdict['limits'])} {limits}, {', '.join(parts)}, "
+        f"at {100 * verdict['confidence']:g} % confidence together"
     )
 
 

@@ -13,7 +13,7 @@ from llava_keeplora.config import load_config
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_json
 from llava_keeplora.guard import NEW, OLD, WATCH, Limit, exit_code, judge, run_record, verdict_lines
-from llava_keeplora.guard.text import change_lines, verdict_markdown
+from llava_keeplora.guard.text import change_lines, headline, verdict_markdown
 from llava_keeplora.guard.verdicts import read_marks, read_verdicts
 from llava_keeplora.report.verdict import verdict_html
 from llava_keeplora_eval import Matrix
@@ -188,3 +188,8 @@ def test_what_a_smaller_update_costs_is_in_every_form_of_the_verdict(verdict, tm
     none = verdict | {"shrink": {"lambda": 0.0, "trials": []}}
     assert "no smaller update holds every limit" in "\n".join(verdict_lines(none))
     assert "rolled back" in verdict_lines(none)[0]
+
+
+def test_the_first_task_of_a_guard_for_old_tasks_says_that_nothing_is_judged_yet():
+    first = {"task": "shapes", "ship": True, "then": None, "limits": [], "confidence": 0.95}
+    assert headline(first) == "shapes: ship; no limit to judge yet"
