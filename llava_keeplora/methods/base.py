@@ -194,6 +194,8 @@ class Method:
     counts_examples = False
     #: Whether the feature pass takes the prompts at every position of the text encoder, padding included.
     every_position = False
+    #: Whether training compares image features with those of the task's start.
+    keeps_features = False
     #: Whether it puts LoRA adapters on the layers that a run's parts name.
     uses_lora = True
     #: Whether it trains the whole model instead, every parameter but those of the root module; see

@@ -36,6 +36,7 @@ ATTRIBUTES = (
     "one_process",
     "counts_examples",
     "every_position",
+    "keeps_features",
     "check",
     "check_weights",
     "least_statistics",

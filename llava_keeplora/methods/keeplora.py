@@ -97,7 +97,8 @@ class KeepLora(KeptFeatures):
         """Settings of KeepLoRA; rank, alpha, ε_w and ε_f are the parts'.
 
         Args:
-            preset: `paper`, or `released-clip` and `released-llava` for what the authors' released code does.
+            preset: `paper`; `balanced`, which keeps image features (`distillation: 10`); `released-clip` and
+                `released-llava`, what the authors' released code does.
             form: `delta` or `literal`, see docs/method.md; the preset's when None.
             init: `gradient`, or `random` directions outside M' (an ablation).
             protect_weights: whether M' holds W_p (False is an ablation).
@@ -143,6 +144,7 @@ class KeepLora(KeptFeatures):
         self.form = options.form or self.rules.form
         self.interpolation = options.interpolation or self.rules.interpolation
         self.distillation = self.rules.distillation if options.distillation is None else options.distillation
+        self.keeps_features = bool(self.distillation)
         if self.distillation:
             self.stage_cost = self.stage_cost | {Stage.TRAINED: FEATURES_COST}
         self.one_process = self.rules.one_process and options.protect_features

@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import TaskContext
 from llava_keeplora.methods.protecting import ProtectingMethod
 from llava_keeplora.methods.task_start import TaskStart
@@ -42,16 +41,7 @@ class KeptFeatures(ProtectingMethod):
 
     @contextmanager
     def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
-        """Remember the model at the task's start.
-
-        Raises:
-            MethodError: for a model that is not one of two encoders.
-        """
-        if self.distillation and not hasattr(model, "get_text_features"):
-            raise MethodError(
-                f"distillation is {self.distillation:g}, but it keeps features of models of two encoders",
-                "set it to 0",
-            )
+        """Remember the model at the task's start."""
         self._start = TaskStart(model) if self.distillation else None
         try:
             yield

@@ -54,6 +54,11 @@ def check_method(label: str, method: Method, parts: Mapping[str, Any], family: A
             f"'{label}' {why}, and the text encoder of {family.path}, a {model_type(family)}, attends to it",
             f"give methods.{label} another preset",
         )
+    if method.keeps_features and (why := family.unsupported.get("keeps_features")):
+        raise ConfigError(
+            f"'{label}' keeps image features, and {family.path}, a {model_type(family)}, {why}",
+            f"set distillation to 0, or preset to 'paper', in methods.{label}",
+        )
     changed = find_changed(type(method), parts, family)
     method.check(changed.adapted)
     return changed

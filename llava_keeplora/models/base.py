@@ -88,7 +88,7 @@ class Family(Protocol):
         auto_class: name of the class of transformers that loads the model.
         eval_cost: of answering one example, in forward passes over it, for the estimate of time.
         unsupported: setting that the model can't follow → what it does. Of `random_resized_crop` and
-            `test_prompts`, see `MethodConfig`, and `every_position`, see `Method`.
+            `test_prompts`, see `MethodConfig`, and `every_position` and `keeps_features`, see `Method`.
     """
 
     name: str

@@ -5,8 +5,11 @@ import torch
 from torch import nn
 
 from llava_keeplora.adapters import AdapterInit, attach, detach
-from llava_keeplora.errors import MethodError
+from llava_keeplora.config import ModelConfig, load_config
+from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.methods import METHODS, TaskContext
+from llava_keeplora.methods.layers import check_method as check_layers
+from llava_keeplora.models import load_model
 from llava_keeplora.testing import check_method
 
 KeepLora, KeepLoraPlus = METHODS["keeplora"], METHODS["keeplora+"]
@@ -77,13 +80,21 @@ def test_the_loss_adds_the_mean_of_one_minus_cosine_to_the_features_at_the_start
         assert float(naive.detach()) > 0.01 and float(net.adapted.lora_B["default"].weight.grad.norm()) > 0
 
 
-def test_a_model_that_is_not_of_two_encoders_is_refused():
-    method = KeepLora(KeepLora.Options(distillation=1.0))
-    with (
-        pytest.raises(MethodError, match="features of models of two encoders"),
-        method.training_context(context(None), nn.Linear(2, 2)),
+def test_a_model_that_writes_answers_is_refused_before_any_data_are_read(tiny_llava, tmp_path):
+    config = load_config("demo-llava", ["methods={balanced: {method: keeplora, preset: balanced}}"])
+    family = load_model(ModelConfig(str(tiny_llava)))
+    method = KeepLora(KeepLora.Options(preset="balanced"))
+    with pytest.raises(
+        ConfigError, match="'balanced' keeps image features .*writes answers.*set distillation to 0"
     ):
-        pass
+        check_layers("balanced", method, config.methods["balanced"].parts or config.parts, family)
+
+
+def test_the_balanced_preset_is_the_papers_with_distillation():
+    balanced, paper = KeepLora(KeepLora.Options(preset="balanced")), KeepLora(KeepLora.Options())
+    assert (balanced.distillation, paper.distillation) == (10.0, 0.0)
+    assert KeepLora(KeepLora.Options(preset="balanced", distillation=0.0)).distillation == 0.0
+    assert balanced.form == paper.form and balanced.gradient_fraction == paper.gradient_fraction
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
