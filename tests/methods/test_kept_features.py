@@ -85,7 +85,7 @@ def test_a_model_that_writes_answers_is_refused_before_any_data_are_read(tiny_ll
     family = load_model(ModelConfig(str(tiny_llava)))
     method = KeepLora(KeepLora.Options(preset="balanced"))
     with pytest.raises(
-        ConfigError, match="'balanced' keeps image features .*writes answers.*set distillation to 0"
+        ConfigError, match="'balanced' keeps image features, .*writes answers.*set distillation to 0"
     ):
         check_layers("balanced", method, config.methods["balanced"].parts or config.parts, family)
 
