@@ -60,7 +60,8 @@ class ModelConfig:
             limit when None.
         quantization: bitsandbytes quantisation of the frozen base's linear layers: `nf4` (double-quantised),
             `int8`, or None.
-        attn_implementation: how transformers computes attention: `sdpa`, `eager`, `flash_attention_2`, ...
+        attn_implementation: how transformers computes attention: `sdpa`, `eager`, `flash_attention_2` or
+            another one that it knows.
         family: the model family, possibly a plug-in (see docs/extending.md); chosen by the checkpoint's
             `model_type` when None.
         parts: part → dotted prefix of its layers, for a checkpoint of an unknown type; those of the type when

@@ -96,6 +96,7 @@ def export_set(
             targets=written.targets,
             examples=len(data),
             with_state=with_state,
+            picked=_picked(learned) if each == "task" else "",
             **part_choice(learned, parts),
         )
         if with_state:
@@ -123,6 +124,18 @@ def _updates(learned: LearnedRun, deltas: Sequence[Deltas], each: str) -> dict[s
         else deltas[index - 1 : index]
         for index, recipe in enumerate(learned.recipes[: len(deltas)], 1)
     }
+
+
+def _picked(learned: LearnedRun) -> str:
+    """Return a sentence on what picks the adapter of an example; empty if their sum is the model."""
+    method = learned.method
+    if not method.separate_tasks:
+        return ""
+    if method.info.task_id_at_test:
+        return "Each adapter answers its own task alone; the run was given the task of every example."
+    return (
+        "Each adapter answers alone; the run's router, which picks one for every example, is not among them."
+    )
 
 
 def _adapter_name(index: int, task: str) -> str:

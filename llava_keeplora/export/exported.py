@@ -116,6 +116,8 @@ class AdapterSet:
         language_only: whether it changes the language model alone.
         examples: number of examples that logits were compared on.
         with_state: whether the folder also has the state that `import` needs.
+        picked: what picks the adapter of an example, a sentence, if every task is answered by its own
+            adapter alone; empty if their sum is the model.
     """
 
     folder: Path
@@ -127,6 +129,7 @@ class AdapterSet:
     language_only: bool
     examples: int
     with_state: bool
+    picked: str = ""
 
     @property
     def max_rank(self) -> int:
@@ -149,6 +152,8 @@ class AdapterSet:
                     f"same best choice in {member.own.same:.1%}"
                 )
             lines.append(line)
+        if self.picked:
+            lines.append(self.picked)
         if self.left_out:
             lines.append(f"left out, though the run trained it: {', '.join(self.left_out)}")
         largest = max(member.reloaded.largest for member in self.members)

@@ -40,7 +40,8 @@ def _what(done: AdapterSet) -> str:
             f"These are {count} of that base, one for the model after every task: going back a task is "
             "switching an adapter."
         )
-    return f"These are {count} of that base, one for every task's own update: their sum is the model."
+    own = f"These are {count} of that base, one for every task's own update"
+    return f"{own}. {done.picked}" if done.picked else f"{own}: their sum is the model."
 
 
 def _loading(name: str, base: Base, done: AdapterSet, usage: Usage) -> Iterator[str]:
@@ -50,7 +51,7 @@ def _loading(name: str, base: Base, done: AdapterSet, usage: Usage) -> Iterator[
     yield f"```python\n{snippet(usage, name, base, list(paths))}\n```"
     if done.each == "stage" and len(paths) > 1:
         yield f"`model.set_adapter({json.dumps(list(paths)[-2])})` goes back a task."
-    elif done.each == "task":
+    elif done.each == "task" and not done.picked:
         yield (
             "PEFT adds the active adapters: the model after the last task is "
             f"`model.base_model.set_adapter({json.dumps(list(paths))})`. Servers apply one to a request."
@@ -104,7 +105,9 @@ def _exactness(done: AdapterSet) -> str:
         )
     else:
         lines.append("Every rank is the smallest that vLLM knows which holds the updates exactly.")
-    if done.each == "task":
+    if done.picked:
+        lines.append("The scores above are those of the run, which picked an adapter for every example.")
+    elif done.each == "task":
         lines.append("The scores above are those of the sums, not of single updates.")
     if done.left_out:
         lines.append(

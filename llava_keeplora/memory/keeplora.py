@@ -144,6 +144,12 @@ class KeepLora:
         self._arguments = {**arguments, "targets": parts}
         self.layers = find_target_layers(model, parts)
         self.method: Any = cls(cls.Options(**options))
+        if self.method.distillation:
+            raise MethodError(
+                f"distillation is {self.method.distillation:g}, but it is a part of the training's loss, and "
+                "the training is yours",
+                "set distillation to 0, or preset to 'paper', and add its term to your loss (docs/method.md)",
+            )
         self.method.check(self.layers)
         self._base_weights = {name: fingerprint(layer.module.weight) for name, layer in self.layers.items()}
         self._other_weights = {

@@ -25,6 +25,7 @@ from llava_keeplora.plan.machine import (
 )
 from llava_keeplora.plan.memory_estimate import F32, MemoryEstimate
 from llava_keeplora.plan.sharding import read_sharding
+from llava_keeplora.plan.sizes import second_training
 from llava_keeplora.plan.workload import read_general_work, read_work
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.start.check import check_processes
@@ -83,6 +84,7 @@ class MethodPlan:
         unsure: a sentence on a rank that a start may refuse after loading the weights; empty if every rank is
             certain to fit.
         reading: a sentence on how much of the data the passes read at most; empty if settings fix it.
+        uncounted: a sentence on what the figures leave out; empty for nothing.
     """
 
     label: str
@@ -94,6 +96,7 @@ class MethodPlan:
     steps: tuple[int, ...]
     unsure: str = ""
     reading: str = ""
+    uncounted: str = ""
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,7 @@ def _method_plan(
         tuple(estimate.method.budget(index, budgets).steps for index in range(1, len(work) + 1)),
         _unsure_rank(estimate.layers.values()) if estimate.protects_weights else "",
         most_read(estimate.method, budgets),
+        second_training(estimate.method, budgets),
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import nn
 
 from llava_keeplora.adapters import is_quantised
-from llava_keeplora.methods import Layer
+from llava_keeplora.methods import Layer, Method
 from llava_keeplora.plan import linear_algebra
 from llava_keeplora.plan.rehearsal import Rehearsal
+from llava_keeplora.steps import Budget
 
 F32 = 4
 
@@ -116,3 +118,22 @@ class Sizes(Rehearsal):
             size = work.images * work.image_bytes
             left -= size if size <= left else 0
         return capacity - left
+
+
+def second_training(method: Method, budgets: Sequence[Budget]) -> str:
+    """Return a sentence on trainings that follow a method's tasks, which a plan leaves out; empty for none.
+
+    Args:
+        method: the method.
+        budgets: what each task's training takes.
+    """
+    if not method.mixes:
+        return ""
+    further = [method.further_budget(index, budgets) for index in range(1, len(budgets) + 1)]
+    seen = sum(budget.seen for budget in further if budget)
+    if not seen:
+        return ""
+    return (
+        "not counted: steps, memory and disk of the trainings that follow its tasks, "
+        f"on {seen:,} examples in all"
+    )

@@ -46,7 +46,7 @@ def describe(plan: Plan) -> str:
     lines += [
         f"note: '{method.label}': {note}"
         for method in plan.methods
-        for note in (method.unsure, method.reading)
+        for note in (method.unsure, method.reading, method.uncounted)
         if note
     ]
     if plan.assumed:

@@ -293,6 +293,8 @@ def test_batches_and_losses_that_give_no_gradient_are_refused_before_anything_ch
         ({"energy_weight": "auto"}, "'auto'"),
         ({"rank": 12, "targets": ["0"]}, "rank is 12"),
         ({"gradient_fracton": 0.5}, "no setting 'gradient_fracton'"),
+        ({"distillation": 2.0}, "distillation is 2, but .* the training is yours"),
+        ({"preset": "balanced"}, "distillation is 10, but .* preset to 'paper'"),
     ],
 )
 def test_settings_that_the_model_cannot_follow_are_refused(arguments, match):

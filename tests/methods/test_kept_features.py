@@ -94,6 +94,9 @@ def test_the_balanced_preset_is_the_papers_with_distillation():
     balanced, paper = KeepLora(KeepLora.Options(preset="balanced")), KeepLora(KeepLora.Options())
     assert (balanced.distillation, paper.distillation) == (10.0, 0.0)
     assert KeepLora(KeepLora.Options(preset="balanced", distillation=0.0)).distillation == 0.0
+    settings = {"of": "keeplora", "settings": {"preset": "balanced"}}
+    alone = METHODS["individual"](METHODS["individual"].Options(**settings))
+    assert alone.keeps_features and alone.stage_cost == balanced.stage_cost
     assert balanced.form == paper.form and balanced.gradient_fraction == paper.gradient_fraction
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from llava_keeplora.adapters import BaseWeights, Delta
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError, MethodError
-from llava_keeplora.export.adapter_set import export_set
+from llava_keeplora.export.adapter_set import _picked, export_set
 from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.export.run_export import export_run
 from llava_keeplora.methods import METHODS, AnswerContext, TaskContext
@@ -164,6 +164,20 @@ def test_its_export_is_the_set_of_the_tasks_adapters(finished, tmp_path):
     exported = export_set(finished, tmp_path / "set", base_id="user/name", each="task", label="nearest")
     assert len(exported.members) == 2
     assert all(member.error == 0.0 and member.reloaded.largest < 1e-4 for member in exported.members)
+    card = (tmp_path / "set/README.md").read_text()
+    assert "the run's router, which picks one for every example, is not among them" in card
+    assert "their sum is the model" not in card and "those of the sums" not in card
+    assert "base_model.set_adapter" not in card and exported.picked in exported.describe()
+
+
+def test_a_set_says_what_picks_the_adapter_where_their_sum_is_not_the_model():
+    def picked(name, **options):
+        return _picked(SimpleNamespace(method=METHODS[name](METHODS[name].Options(**options))))
+
+    for routing in ("prototypes", "model"):
+        assert "the run's router, which picks one" in picked("task-lora", routing=routing)
+    assert "given the task of every example" in picked("task-lora", routing="oracle") == picked("individual")
+    assert picked("keeplora") == ""
 
 
 def test_an_unknown_router_is_refused():

@@ -45,6 +45,17 @@ def test_a_row_that_runs_in_one_process_is_named_and_the_others_are_planned(run_
         make_plan(parse_config(run_tree(tmp_path / "run", methods=rows)), 2, 80.0)
 
 
+def test_a_training_that_follows_tasks_is_said_to_be_left_out(wide_tree, mixed_tasks):
+    rows = {"asked": {"method": "task-lora", "routing": "model"}, "given": ROWS["given"]}
+    tasks = [str(mixed_tasks[0]), str(mixed_tasks[2])]
+    plan = make_plan(parse_config(wide_tree(methods=rows, tasks=tasks)), None)
+    notes = {method.label: method.uncounted for method in plan.methods}
+    kept = [min(20, size) for size in plan.examples]
+    seen = sum(40 * sum(kept[:task]) for task in range(2, len(kept) + 1))
+    assert seen and f"on {seen:,} examples in all" in notes["asked"] and notes["given"] == ""
+    assert notes["asked"] in describe(plan)
+
+
 def test_a_row_whose_shares_are_chosen_from_the_weights_is_named_under_zero_3(wide_tree):
     parts = {"language": {"energy_weight": "auto"}}
     rows = {"keeplora": {}, "auto": {"method": "keeplora", "parts": parts}}
