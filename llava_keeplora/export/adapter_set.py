@@ -96,8 +96,7 @@ def export_set(
             targets=written.targets,
             examples=len(data),
             with_state=with_state,
-            picked=_picked(learned) if each == "task" else "",
-            **part_choice(learned, parts),
+            **part_choice(learned, parts) | {"picked": _picked(learned, each)},
         )
         if with_state:
             write_state(learned, base, tmp_dir / FOLDER)
@@ -126,10 +125,10 @@ def _updates(learned: LearnedRun, deltas: Sequence[Deltas], each: str) -> dict[s
     }
 
 
-def _picked(learned: LearnedRun) -> str:
+def _picked(learned: LearnedRun, each: str) -> str:
     """Return a sentence on what picks the adapter of an example; empty if their sum is the model."""
     method = learned.method
-    if not method.separate_tasks:
+    if each == "stage" or not method.separate_tasks:
         return ""
     if method.info.task_id_at_test:
         return "Each adapter answers its own task alone; the run was given the task of every example."

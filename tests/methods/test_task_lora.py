@@ -172,7 +172,7 @@ def test_its_export_is_the_set_of_the_tasks_adapters(finished, tmp_path):
 
 def test_a_set_says_what_picks_the_adapter_where_their_sum_is_not_the_model():
     def picked(name, **options):
-        return _picked(SimpleNamespace(method=METHODS[name](METHODS[name].Options(**options))))
+        return _picked(SimpleNamespace(method=METHODS[name](METHODS[name].Options(**options))), "task")
 
     for routing in ("prototypes", "model"):
         assert "the run's router, which picks one" in picked("task-lora", routing=routing)
