@@ -163,9 +163,19 @@ def side_by_side(runs: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[Tr
 
 
 def settings_key(identity: Mapping[str, Any], label: str) -> str:
-    """Return the settings that a method's result depends on, without the seed, as a comparable string."""
-    keys = ("tasks", "model", "data", "evaluation")
-    return json.dumps([*(identity.get(key) for key in keys), identity["methods"].get(label)], sort_keys=True)
+    """Return the settings that a method's result depends on, without the seed, as a comparable string.
+
+    A setting that is null counts as one that is not there, as older versions left out what they did not have.
+    """
+    keys = ["tasks", "model", "data", "evaluation", *["guard"] * (label != ZERO_SHOT)]
+    settings = [*(identity.get(key) for key in keys), identity["methods"].get(label)]
+    return json.dumps(_without_null(settings), sort_keys=True)
+
+
+def _without_null(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _without_null(value) for key, value in tree.items() if value is not None}
+    return [_without_null(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def names_of(folders: Iterable[Path]) -> dict[Path, str]:

@@ -23,6 +23,7 @@ from llava_keeplora.report.run_report import (
     read_results,
     read_trial,
     report_is_current,
+    settings_key,
     write_run_report,
 )
 from llava_keeplora_eval import Matrix
@@ -428,3 +429,13 @@ def test_a_telephone_scrolls_the_images_but_never_the_page(browser, one, tmp_pat
     (tmp_path / "frame.html").write_text(f"<title></title>{frame}<script>{script}</script>")
     dom = browser("--virtual-time-budget=8000", "--dump-dom", f"file://{tmp_path / 'frame.html'}")
     assert "<title>390,true</title>" in dom[:200]
+
+
+def test_a_setting_that_an_older_version_did_not_have_makes_no_other_row_and_a_guard_does():
+    new = {"methods": {"keeplora": {"options": {"preset": "paper", "distillation": None}}}, "tasks": ["a"]}
+    old = {"methods": {"keeplora": {"options": {"preset": "paper"}}}, "tasks": ["a"]}
+    other = {"methods": {"keeplora": {"options": {"preset": "paper", "distillation": 1.0}}}, "tasks": ["a"]}
+    assert settings_key(new, "keeplora") == settings_key(old, "keeplora") != settings_key(other, "keeplora")
+    guarded = new | {"guard": {"old_tasks": {"max_drop": 2.0}}}
+    assert settings_key(guarded, "keeplora") != settings_key(new, "keeplora")
+    assert settings_key(guarded, "zero-shot") == settings_key(new, "zero-shot")
