@@ -2,15 +2,18 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 
 from llava_keeplora.compare import load_table
+from llava_keeplora.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 RUNS = json.loads((ROOT / "docs/results/table-learned.json").read_text())
 FAST = json.loads((ROOT / "docs/results/table-learned-fast.json").read_text())
+GUARD = json.loads((ROOT / "docs/results/table-guard.json").read_text())
 TRIED = json.loads((ROOT / "docs/results/table-learned-tried.json").read_text())
 SEARCHED = json.loads((ROOT / "docs/results/table-learned-llava-search.json").read_text())
 README = (ROOT / "README.md").read_text()
@@ -41,12 +44,12 @@ def shown(numbers, name):
 
 @pytest.mark.parametrize("text", [README, LEARNED], ids=["README", "results.md"])
 def test_the_tables_of_the_learned_regime_are_those_of_the_result_file(text):
-    files = {"method": RUNS, "at 2e-3": FAST}
+    files = {"method": RUNS["I"], "order 1 at 2e-3": FAST["I"], "order 2 at 2e-3": FAST["II"]}
     found = [(header, rows) for header, rows in tables(text) if header[0] in files and header[-1] == "n"]
     assert found
     for header, rows in found:
         for label, *cells in rows:
-            numbers = files[header[0]]["I"][label]
+            numbers = files[header[0]][label]
             expected = [shown(numbers, NAMES[column]) for column in header[1:-1]]
             assert cells == [*expected, str(numbers["n"])], label
 
@@ -57,7 +60,7 @@ def test_the_curves_are_those_of_the_settings_tried():
     scores = {
         (one["label"], one["settings"]["training"]["learning_rate"]): one["metrics"]
         for one in TRIED
-        if one["settings"]
+        if "training" in one["settings"]
     }
     assert {(label, float(row[0])) for row in rows for label in labels} == {
         key for key in scores if key[0] in labels
@@ -66,6 +69,30 @@ def test_the_curves_are_those_of_the_settings_tried():
         for label, cell in zip(labels, cells, strict=True):
             metrics = scores[label, float(rate)]
             assert cell == ", ".join(f"{metrics[name]:.1f}" for name in ("transfer", "average", "last"))
+
+
+def test_the_weights_of_the_balanced_preset_are_those_of_the_settings_tried():
+    (rows,) = [rows for header, rows in tables(LEARNED) if header[0] == "distillation"]
+    tried = {one["settings"]["distillation"]: one for one in TRIED if one["label"] == "balanced"}
+    assert [int(row[0]) for row in rows] == sorted(tried)
+    for weight, cell in rows:
+        metrics = tried[int(weight)]["metrics"]
+        assert cell == ", ".join(f"{metrics[name]:.1f}" for name in ("transfer", "average", "last"))
+    preset = METHODS["keeplora"].Options(preset="balanced")
+    assert METHODS["keeplora"](preset).distillation == next(w for w, one in tried.items() if one["chosen"])
+
+
+def test_the_table_under_the_guard_is_that_of_the_result_file():
+    (rows,) = [rows for header, rows in tables(LEARNED) if header[0] == "under the guard"]
+    assert [row[0] for row in rows] == list(GUARD)
+    for label, ships, whole, *scores, n in rows:
+        runs = GUARD[label]
+        assert (ships, whole) == tuple(", ".join(str(run[key]) for run in runs) for key in ("ships", "whole"))
+        for cell, key in zip(scores, ("transfer", "last", "forgetting"), strict=True):
+            values = [run[key] for run in runs]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            assert cell == f"{statistics.mean(values):.1f}{spread}", (label, key)
+        assert int(n) == len(runs)
 
 
 def test_the_table_of_the_tasks_searched_is_that_of_the_result_file():
