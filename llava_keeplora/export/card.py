@@ -227,11 +227,8 @@ def _task(recipe: Recipe) -> list[str]:
 
 def _settings(learned: LearnedRun) -> str:
     config, method = learned.config, learned.config["methods"][learned.label]
-    model = {
-        key: value
-        for key, value in config["model"].items()
-        if key in ("dtype", "quantization", "max_length") and value is not None
-    }
+    told = ("dtype", "quantization", "max_length", "attn_implementation")
+    model = {key: config["model"][key] for key in told if config["model"].get(key) is not None}
     rows = [
         ["seed", str(config["seed"])],
         ["base", _listed(model)],

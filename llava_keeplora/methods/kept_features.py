@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import TaskContext
 from llava_keeplora.methods.protecting import ProtectingMethod
 from llava_keeplora.methods.task_start import TaskStart
@@ -49,9 +50,18 @@ class KeptFeatures(ProtectingMethod):
             self._start = None
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
-        """Return the task's own loss plus λ times the mean of 1 − cos of old and new image features."""
+        """Return the task's own loss plus λ times the mean of 1 − cos of old and new image features.
+
+        Raises:
+            MethodError: for a family of one's own whose loss gives no image features.
+        """
         if self._start is None:
             return out["loss"]
+        if "image" not in out:
+            raise MethodError(
+                "distillation keeps image features, and the model family's loss returns none under 'image'",
+                "set distillation to 0, or return them (docs/extending.md)",
+            )
         with self._start.restored():
             before = ctx.forward(**batch)["image"]
         moved = 1 - cosine_similarity(before.float(), out["image"].float())

@@ -90,6 +90,12 @@ def test_a_model_that_writes_answers_is_refused_before_any_data_are_read(tiny_ll
         check_layers("balanced", method, config.methods["balanced"].parts or config.parts, family)
 
 
+def test_a_family_whose_loss_gives_no_image_features_is_refused_by_name(net, batch):
+    method, ctx = KeepLora(KeepLora.Options(distillation=1.0)), context(net)
+    with method.training_context(ctx, net), pytest.raises(MethodError, match="returns none under 'image'"):
+        method.loss(ctx, batch, {"loss": torch.zeros(())})
+
+
 def test_the_balanced_preset_is_the_papers_with_distillation():
     balanced, paper = KeepLora(KeepLora.Options(preset="balanced")), KeepLora(KeepLora.Options())
     assert (balanced.distillation, paper.distillation) == (10.0, 0.0)
