@@ -68,11 +68,10 @@ class GivenModel:
                 f"model.{key} is {getattr(model, key)}, and the given {kind} is in {dtype}, unquantised",
                 f"leave model.{key} out, or name the checkpoint instead of giving a model",
             )
-        own, default = self.model.config._attn_implementation, ModelConfig.attn_implementation
-        if model.attn_implementation not in (default, own):
+        if model.attn_implementation != ModelConfig.attn_implementation:
             raise ConfigError(
                 f"model.attn_implementation is {model.attn_implementation}, and the given {kind} computes "
-                f"attention by {own}",
+                "attention as it was loaded to",
                 f"call its set_attn_implementation('{model.attn_implementation}'), and leave the key out",
             )
         return ModelConfig(

@@ -178,7 +178,7 @@ def test_the_exported_state_of_an_object_goes_on_from_the_checkpoint(
         (lambda given, c: c.update(model={"quantization": "nf4"}), "model.quantization is nf4"),
         (
             lambda given, c: c.update(model={"attn_implementation": "eager"}),
-            "computes attention by sdpa; call its set_attn_implementation",
+            "computes attention as it was loaded to; call its set_attn_implementation",
         ),
         (
             lambda given, c: c["training"].update(deepspeed={"zero_optimization": {"stage": 3}}),
