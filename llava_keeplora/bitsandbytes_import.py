@@ -2,8 +2,7 @@
 
 transformers and PEFT import bitsandbytes wherever it is installed. Its import passes four operators, which
 only devices without kernels of their own call, to `torch.compile`; that loads the compiler, whether or not
-anything is quantised, and would compile them anew for every shape. TORCHDYNAMO_DISABLE
-does not prevent the import.
+anything is quantised, and would compile them anew for every shape. TORCHDYNAMO_DISABLE does not prevent it.
 """
 
 from __future__ import annotations

@@ -126,9 +126,8 @@ def _write_ci(args: argparse.Namespace) -> int:
         )
     else:
         lines.append(
-            "note: nobody else can install this package from this machine's folder; set the "
-            "repository variable "
-            "LLAVA_KEEPLORA to what pip installs, for instance git+https://..."
+            "note: nobody else can install this package from this machine's folder; set the repository "
+            "variable LLAVA_KEEPLORA to what pip installs, for instance git+https://..."
         )
     lines.append(f"next: add {args.into}/ to .gitignore, commit both files, and run pre-commit install")
     sys.stdout.write("\n".join(lines) + "\n")

@@ -116,7 +116,7 @@ class GuardConfig:
                 "watch_tasks sets a limit, but watch names no recipes",
                 "list them under watch, or leave it out",
             )
-        if not self.judges_tasks and not self.watch:
+        if not self.watch and not self.judges_tasks:
             raise ConfigError(
                 "old_tasks, new_task and watch set no limit to hold",
                 "set old_tasks.max_drop, new_task.min_gain, or watch recipes",

@@ -145,7 +145,7 @@ class KeepLora(KeptFeatures):
         self.interpolation = options.interpolation or self.rules.interpolation
         self.distillation = self.rules.distillation if options.distillation is None else options.distillation
         self.keeps_features = bool(self.distillation)
-        if self.distillation:
+        if self.keeps_features:
             self.stage_cost = self.stage_cost | {Stage.TRAINED: FEATURES_COST}
         self.one_process = self.rules.one_process and options.protect_features
         self.gradient_fraction, self.feature_fraction = (
