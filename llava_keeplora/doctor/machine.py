@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from llava_keeplora.deepspeed_ops import unheld_locks
 from llava_keeplora.errors import RunError, UserError
+from llava_keeplora.start.precision import cpu_multiplies_bfloat16
 from llava_keeplora_eval.java import METEOR, find_jar
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
@@ -73,7 +74,8 @@ def _devices() -> Iterator[str]:
     if not torch.cuda.is_available():
         yield "GPU: none, runs use the CPU"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield f"CPU: {cores} cores, {host_memory() / GB:.1f} GB of memory"
+    bfloat16 = "" if cpu_multiplies_bfloat16() else ", slow in bfloat16: train in fp32"
+    yield f"CPU: {cores} cores, {host_memory() / GB:.1f} GB of memory{bfloat16}"
 
 
 def _programs() -> Iterator[str]:

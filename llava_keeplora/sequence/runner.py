@@ -26,6 +26,7 @@ from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.run_context import RunContext
 from llava_keeplora.sequence.workspace import Workspace
 from llava_keeplora.start import Task, check_run, load_tasks
+from llava_keeplora.start.precision import slow_precision
 from llava_keeplora_eval import Matrix
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ def opened(workspace: Workspace, objects: Objects = Objects()) -> Iterator[RunCo
             if is_main_process():
                 lock.enter_context(workspace.locked())
                 workspace.check()
+                if slow := slow_precision(config):
+                    logger.warning("%s", slow)
             tasks, family = (
                 load_tasks(config, objects),
                 open_model(config.model, config.evaluation, objects.given),

@@ -255,6 +255,11 @@ PRIVATE_NAMES = (
     ),
     # torch
     PrivateName(
+        "torch.ops.mkldnn._is_mkldnn_bf16_supported",
+        ("llava_keeplora.start.precision",),
+        "whether products of bfloat16 matrices are fast on this CPU, by the rule that torch itself asks",
+    ),
+    PrivateName(
         "torch.nn.Module._parameters",
         (_METER,),
         "fake weights for the length of a measurement, shared ones shared",
