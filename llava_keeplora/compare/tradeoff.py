@@ -13,6 +13,7 @@ from llava_keeplora.compare.run_table import TableResult, Tried
 from llava_keeplora.compare.table import Table
 from llava_keeplora.report.figures import (
     BOUND_LINE,
+    COLOURS,
     LIGHT,
     Palette,
     bare,
@@ -23,7 +24,7 @@ from llava_keeplora.report.figures import (
     style,
 )
 from llava_keeplora.report.html import PlotImage
-from llava_keeplora.report.results import Results, deviation, mean
+from llava_keeplora.report.latex_csv import summary_records
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
 if TYPE_CHECKING:
@@ -38,7 +39,12 @@ CAPTION = (
     "rows on test, with one standard deviation; bounds, which have no Transfer, are vertical lines."
 )
 
+#: Markers, used once the colours have run out.
+MARKERS = ("o", "s", "^", "D")
+
 Point = tuple[float, float]
+#: Label → the numbers of its row in `table.json`.
+Records = Mapping[str, Mapping[str, Any]]
 
 
 def draw_tradeoff(table: Table, outcome: TableResult) -> dict[str, PlotImage]:
@@ -47,7 +53,8 @@ def draw_tradeoff(table: Table, outcome: TableResult) -> dict[str, PlotImage]:
     Returns:
         name of the files → the plot, for the page.
     """
-    figure = _figure(table, outcome, LIGHT)
+    orders = {f"order {order}, test": summary_records(results) for order, results in outcome.results.items()}
+    figure = tradeoff_figure(list(table.methods), outcome.tried, orders)
     if figure is None:
         return {}
     png = encode(figure, "png")
@@ -79,24 +86,36 @@ def _point(metrics: Mapping[str, Any]) -> Point | None:
     return None if last is None or transfer is None else (last, transfer)
 
 
-def _figure(table: Table, outcome: TableResult, palette: Palette) -> Figure | None:
-    tried = curves(outcome.tried)
-    orders = {order: results for order, results in outcome.results.items() if _rows(results)}
-    panels = [*(["tried"] if tried else []), *orders]
+def tradeoff_figure(
+    labels: Sequence[str], tried: Sequence[Tried], orders: Mapping[str, Records], palette: Palette = LIGHT
+) -> Figure | None:
+    """Plot Transfer against Last; None where there is neither a setting nor a row with a Transfer.
+
+    Args:
+        labels: the methods' labels, in the order of their colours.
+        tried: the settings that were tried, as in `tried.json`.
+        orders: title of a panel → label → numbers of the finished rows, as in `table.json`.
+        palette: the plot's colours.
+    """
+    lines = curves(tried)
+    orders = {
+        name: rows
+        for name, rows in orders.items()
+        if any(row["transfer_mean"] is not None for row in rows.values())
+    }
+    panels = [*(["settings tried, held-out part"] if lines else []), *orders]
     if not panels:
         return None
-    positions = {label: i for i, label in enumerate([ZERO_SHOT, *table.methods])}
+    positions = {label: i for i, label in enumerate([ZERO_SHOT, *labels])}
     width, height = SIZE_OF_PANEL
     figure = new_figure((width * len(panels), height), palette)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, name in zip(axes, panels):
         if name in orders:
             _draw_rows(panel, orders[name], positions)
-            title = f"order {name}, test"
         else:
-            _draw_tried(panel, tried, outcome.tried, positions)
-            title = "settings tried, held-out part"
-        panel.set_title(title, color=palette.ink, loc="left", fontsize=9, fontweight="bold")
+            _draw_tried(panel, lines, tried, positions)
+        panel.set_title(name, color=palette.ink, loc="left", fontsize=9, fontweight="bold")
         panel.set_xlabel("Last (%)")
         bare(panel, palette)
     axes[0].set_ylabel("Transfer (%)")
@@ -105,52 +124,35 @@ def _figure(table: Table, outcome: TableResult, palette: Palette) -> Figure | No
 
 
 def _draw_tried(
-    axes, tried: Mapping[str, list[Point]], trials: Iterable[Tried], positions: Mapping[str, int]
+    axes, lines: Mapping[str, list[Point]], tried: Iterable[Tried], positions: Mapping[str, int]
 ) -> None:
-    for label, points in tried.items():
-        axes.plot(
-            *zip(*points), marker="o", markersize=4, linewidth=1.4, label=label, **style(positions[label])
-        )
-    for trial in trials:
+    for label, points in lines.items():
+        axes.plot(*zip(*points), markersize=4, linewidth=1.4, label=label, **_style(positions, label))
+    for trial in tried:
         if trial.chosen and (point := _point(trial.metrics)):
-            axes.plot(
-                *point,
-                marker="o",
-                markersize=9,
-                fillstyle="none",
-                linestyle="none",
-                color=style(positions[trial.label])["color"],
-            )
+            ring = _style(positions, trial.label) | {"linestyle": "none", "marker": "o"}
+            axes.plot(*point, markersize=9, fillstyle="none", **ring)
 
 
-def _draw_rows(axes, results: Results, positions: Mapping[str, int]) -> None:
-    rows = _rows(results)
-    for label, (lasts, transfers) in rows.items():
-        axes.errorbar(
-            mean(lasts),
-            mean(transfers),
-            xerr=deviation(lasts),
-            yerr=deviation(transfers),
-            marker="o",
-            markersize=5,
-            label=label,
-            **style(positions.get(label, len(positions))) | {"linestyle": "none"},
-        )
-    for label, trials in results.items():
-        if label not in rows and None not in (lasts := [t.matrix.metrics()["last"] for t in trials]):
-            axes.axvline(
-                mean(lasts),
+def _draw_rows(axes, rows: Records, positions: Mapping[str, int]) -> None:
+    for label, row in rows.items():
+        look = _style(positions, label)
+        if row["transfer_mean"] is not None:
+            axes.errorbar(
+                row["last_mean"],
+                row["transfer_mean"],
+                xerr=row["last_sd"],
+                yerr=row["transfer_sd"],
+                markersize=5,
                 label=label,
-                linewidth=1.2,
-                **style(positions.get(label, len(positions))) | {"linestyle": BOUND_LINE},
+                **look | {"linestyle": "none"},
             )
+        elif row["last_mean"] is not None:
+            look |= {"linestyle": BOUND_LINE, "marker": "none"}
+            axes.axvline(row["last_mean"], label=label, linewidth=1.2, **look)
 
 
-def _rows(results: Results) -> dict[str, tuple[list[float], list[float]]]:
-    """Return label → Last and Transfer of its trials; bounds, which have no Transfer, are left out."""
-    rows = {}
-    for label, trials in results.items():
-        points = [point for trial in trials if (point := _point(trial.matrix.or_constant().metrics()))]
-        if len(points) == len(trials):
-            rows[label] = ([last for last, _ in points], [transfer for _, transfer in points])
-    return rows
+def _style(positions: Mapping[str, int], label: str) -> dict[str, str]:
+    """Return a method's colour, line style and marker, which tell it where points are not joined."""
+    position = positions.get(label, len(positions))
+    return style(position) | {"marker": MARKERS[position // len(COLOURS) % len(MARKERS)]}
