@@ -17,6 +17,7 @@ from typing import Any
 from llava_keeplora.compare.table import CACHE, TUNING, Order, Table, merged
 from llava_keeplora.config import ZERO_SHOT, parse_config
 from llava_keeplora.files import write_bytes
+from llava_keeplora.guard.verdicts import DONT_SHIP
 from llava_keeplora.journal import Journal
 from llava_keeplora.planned_recipes import planned_tasks, recipe_changes
 from llava_keeplora.records import read_object
@@ -217,11 +218,12 @@ def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list
                 del running[slot]
                 free_slots.append(slot)
                 done += 1
-                failures += [Failure(job, _failure_reason(job.log, code))] if code else []
+                failed = code and not (code == DONT_SHIP and job.finished())
+                failures += [Failure(job, _failure_reason(job.log, code))] if failed else []
                 logger.info(
                     "%s: %s after %.0f s, %d of %d",
                     job.folder,
-                    "failed" if code else "done",
+                    "failed" if failed else "done",
                     time.monotonic() - since,
                     done,
                     count,

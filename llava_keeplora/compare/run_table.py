@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llava_keeplora.compare.budget import check_budgets
 from llava_keeplora.compare.jobs import Failure, Job, run_jobs, table_jobs, tuning_jobs
-from llava_keeplora.compare.table import Table, merged
+from llava_keeplora.compare.table import BOUND_METRIC, Table, merged
 from llava_keeplora.config import only_methods
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.files import writable_folder
@@ -17,6 +18,8 @@ from llava_keeplora.report.results import Results
 from llava_keeplora.report.run_report import read_side_by_side
 from llava_keeplora.run_folder import CONFIG, MATRIX
 from llava_keeplora_eval import Matrix
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,13 +140,27 @@ def _score_settings(table: Table, label: str, jobs: Sequence[Job]) -> list[Tried
     """
     if not all(job.finished() for job in jobs):
         return []
-    metrics = [Matrix.from_json(job.folder / label / MATRIX).metrics() for job in jobs]
-    sums = [sum(scores[name] for name in table.tuning.metrics) for scores in metrics]
-    best = sums.index(max(sums)) if sums else None
+    matrices = [Matrix.from_json(job.folder / label / MATRIX) for job in jobs]
+    # A bound has no other number; a run that its guard stopped has none, and is not chosen.
+    names = [BOUND_METRIC] if any(matrix.bound for matrix in matrices) else table.tuning.metrics
+    metrics = [matrix.metrics() for matrix in matrices]
+    sums = [_total([scores[name] for name in names]) for scores in metrics]
+    best = max(
+        (number for number, total in enumerate(sums) if total is not None), key=sums.__getitem__, default=None
+    )
+    if jobs and best is None:
+        logger.warning(
+            "no setting of '%s' has a complete %s, so the method is not run", label, " + ".join(names)
+        )
     return [
         Tried(label, settings, scores, i == best)
         for i, (settings, scores) in enumerate(zip(table.tuning.settings[label], metrics))
     ]
+
+
+def _total(values: Sequence[float | None]) -> float | None:
+    """Return the sum; None if a value is missing."""
+    return None if None in values else sum(values)
 
 
 def _chosen(table: Table, tried: Sequence[Tried]) -> dict[str, dict[str, Any]]:

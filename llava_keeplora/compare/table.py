@@ -32,6 +32,8 @@ from llava_keeplora_eval.matrix import ZERO_SHOT
 
 #: Metrics by which settings may be chosen: one of them, or a sum such as `transfer+last`.
 CHOSEN_BY = ("transfer", "average", "last")
+#: The one of them that bounds have, and by which their settings are chosen.
+BOUND_METRIC = "last"
 #: Folders in a table's folder, next to those of its orders.
 TUNING, CACHE = "tuning", "base-cache"
 #: Names in a table's folder that no order may take.
@@ -74,7 +76,7 @@ class Tuning:
         seed: the seed of these runs.
         holdout: share of each task's training split that is held out and scored.
         metric: the metric to maximize: `transfer`, `average`, `last`, or a sum of these such as
-            `transfer+last`.
+            `transfer+last`; bounds are chosen by `last`, their only one.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)

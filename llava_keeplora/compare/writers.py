@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora.compare.run_table import TableResult
-from llava_keeplora.compare.table import CHOSEN_BY, Order, Table, dotted
+from llava_keeplora.compare.table import BOUND_METRIC, CHOSEN_BY, Order, Table, dotted
 from llava_keeplora.compare.tradeoff import TRADEOFF, extremes
 from llava_keeplora.files import whole_folder
 from llava_keeplora.registries import METHODS
@@ -147,7 +147,7 @@ def _settings_section(table: Table, outcome: TableResult) -> Section:
         f"Settings tried for each method: {budget}, on order {_describe_order(table.tuning_order)} with seed "
         f"{tuning.seed}, scored on {100 * tuning.holdout:g} % of the "
         "training data, which the method did not train on, never on test. Chosen: the largest "
-        f"{' + '.join(tuning.metrics)}."
+        f"{' + '.join(tuning.metrics)}{_chosen_bounds(outcome)}."
     )
     rows = [
         [
@@ -163,6 +163,16 @@ def _settings_section(table: Table, outcome: TableResult) -> Section:
             what = "taken as it is, none tried" if label in outcome.settings else "not chosen yet"
             rows.append([f"{label}: {what}", *[MISSING] * len(CHOSEN_BY), ""])
     return Section("Settings", text, ["method: setting", *CHOSEN_BY, "chosen"], rows)
+
+
+def _chosen_bounds(outcome: TableResult) -> str:
+    """Return how settings of bounds were chosen; empty if none were tried."""
+    others = [name for name in CHOSEN_BY if name != BOUND_METRIC]
+    of_bounds = any(
+        trial.metrics[BOUND_METRIC] is not None and all(trial.metrics[name] is None for name in others)
+        for trial in outcome.tried
+    )
+    return f"; of bounds, the largest {BOUND_METRIC}" if of_bounds else ""
 
 
 def _learning_cost_section(table: Table, outcome: TableResult) -> list[Section]:

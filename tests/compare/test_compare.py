@@ -207,6 +207,45 @@ def test_of_some_methods_only_theirs_are_run_and_the_table_keeps_what_the_others
     assert compare(other, labels=["seq-lora"]).results["I"].keys() == {"zero-shot", "seq-lora"}
 
 
+def test_settings_of_bounds_are_chosen_by_last_their_only_number(make_table, tmp_path, started):
+    rates = [{"training": {"learning_rate": rate}} for rate in (1e-9, 0.02)]
+    bounds = {"individual": {}, "joint": {}}
+    tuning = {"holdout": 0.5, "settings": dict.fromkeys(["seq-lora", *bounds], rates)}
+    table = make_table(tmp_path / "table", methods={"seq-lora": {}, **bounds}, tuning=tuning)
+    outcome = compare(table)
+    for label in bounds:
+        tried = [one for one in outcome.tried if one.label == label]
+        lasts = [one.metrics["last"] for one in tried]
+        assert [one.chosen for one in tried] == [number == lasts.index(max(lasts)) for number in (0, 1)]
+        assert outcome.results["I"].keys() >= {label}
+    text = write_table(table, outcome)
+    assert "Chosen: the largest average; of bounds, the largest last." in text and "| n/a | n/a |" in text
+
+
+def test_a_setting_whose_run_a_guard_stopped_is_chosen_only_if_no_setting_came_further(
+    make_table, tmp_path, started, monkeypatch, caplog
+):
+    rates = [{"training": {"learning_rate": rate}} for rate in (0.02, 0.01)]
+    tuning = {"holdout": 0.5, "settings": {"seq-lora": rates}}
+    table = make_table(tmp_path / "table", methods={"seq-lora": {}}, tuning=tuning)
+    compare(table)
+    whole = Matrix.from_json
+    stopped = ["seq-lora-1"]
+
+    def short(path):
+        matrix = whole(path)
+        if Path(path).parts[-3] in stopped:
+            return Matrix(matrix.tasks, matrix.zero_shot, matrix.rows[:1])
+        return matrix
+
+    monkeypatch.setattr("llava_keeplora.compare.run_table.Matrix.from_json", short)
+    assert [one.chosen for one in compare(table).tried] == [False, True]
+    stopped.append("seq-lora-2")
+    with caplog.at_level("WARNING"):
+        assert [one.chosen for one in compare(table).tried] == [False, False]
+    assert "no setting of 'seq-lora' has a complete average" in caplog.text
+
+
 def test_a_table_that_only_tries_settings_says_what_they_gave(make_table, tmp_path, started, tiny_tasks):
     tasks = {"small": {"tasks": [str(path) for path in tiny_tasks[:2]], "seeds": []}}
     tuning = {"metric": "last", "settings": {"seq-lora": [{}, {"training": {"learning_rate": 0.02}}]}}

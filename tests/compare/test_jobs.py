@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ import yaml
 from llava_keeplora import cli
 from llava_keeplora.compare import compare, jobs, table, writers
 from llava_keeplora.config import load_config
+from llava_keeplora.guard import DONT_SHIP
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.saved_run import read_identity, run_identity
 from llava_keeplora.sequence.stages import STAGES
@@ -113,6 +115,17 @@ def test_a_killed_table_goes_on_and_says_the_same(make_table, started, tmp_path,
     assert [job.label for job in started] == ["keeplora"], "the first method's run was finished"
     for name, trials in undisturbed.results["I"].items():
         assert [trial.matrix for trial in trials] == [trial.matrix for trial in outcome.results["I"][name]]
+
+
+def test_a_finished_run_that_its_guard_would_not_ship_is_no_failure(job, started, monkeypatch):
+    start = jobs.start
+
+    def dont_ship(*args):
+        start(*args)
+        return SimpleNamespace(poll=lambda: DONT_SHIP)
+
+    monkeypatch.setattr(jobs, "start", dont_ship)
+    assert jobs.run_jobs([job], 1, [job.label]) == [] and job.finished()
 
 
 @pytest.fixture
