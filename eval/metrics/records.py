@@ -34,6 +34,10 @@ FOR_EXAMPLE = {"classification": "accuracy", "vqa": "exact_match", "captioning":
 ALL_PAIRS = 300
 
 
+class ScoreRangeError(EvalError):
+    """A metric gave a score that is none: a fault of the metric, whatever the accepted texts are."""
+
+
 def finds_any(text: str, answers: Answers, **inputs: Any) -> float:
     """Return whether an accepted text is found in the prediction, as a lenient reader reads it."""
     return any(finds(text, answer) for answer in answers)
@@ -245,7 +249,7 @@ class MetricRecord:
             number = math.nan
         if not 0 <= number <= highest:
             limit = f"from 0 to {highest:g}" if math.isfinite(highest) else "of at least 0"
-            raise EvalError(
+            raise ScoreRangeError(
                 f"the metric '{self.name}' gave {score!r} for {what}, and a score is a number {limit}",
                 "correct the metric, or choose another",
             )
@@ -402,6 +406,8 @@ class AnswerMetric(MetricRecord):
             given = self._of_example(inputs, i)
             try:
                 return any(self.score(text, references[i], **given) for text in self.accepted(references[i]))
+            except ScoreRangeError:
+                raise
             except EvalError:  # not in the form that the metric compares, as words where it compares boxes
                 return False
 
@@ -419,6 +425,8 @@ class AnswerMetric(MetricRecord):
             accepted = self.accepted([name, name.replace("_", " ")])
             try:
                 return self._score(rule, text, accepted, accepted, {}) > 0
+            except ScoreRangeError:
+                raise
             except EvalError:  # not in the form that the metric compares
                 return False
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -22,12 +22,12 @@ DPI = 150
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 #: Width in inches of an entry of a legend without its text, and of each of its letters.
 LEGEND_MARK, LEGEND_LETTER = 0.6, 0.085
-#: Line styles, used once the colours have run out: with three, 18 lines can be distinguished.
-STYLES = ("-", "--", ":")
+#: Line styles, used once the colours have run out: with five, 30 lines can be distinguished.
+STYLES = ("-", "--", ":", (0, (8, 2)), (0, (4, 1, 1, 1, 1, 1)))
 #: Line style of bounds.
 BOUND_LINE = "-."
 #: The same for bars.
-HATCHES = ("", "////", "....")
+HATCHES = ("", "////", "....", "xxxx", "----")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def new_figure(size: tuple[float, float], palette: Palette) -> Figure:
     return Figure(figsize=size, facecolor=palette.paper, layout="constrained")
 
 
-def style(position: int) -> dict[str, str]:
+def style(position: int) -> dict[str, Any]:
     """Return colour and line style of the method at a position, the same in every plot of a page."""
     return {
         "color": COLOURS[position % len(COLOURS)],

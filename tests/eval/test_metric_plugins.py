@@ -31,6 +31,7 @@ def broken(text, answers):
 
 whole = CorpusMetric("whole", 3, share, "how many are right")
 length = AnswerMetric("length", 2, lambda text, answers: len(text), "the length", needs=("a_package_of_nobody",))
+points = AnswerMetric("points", 1, lambda text, answers: 100 * (text in answers), "points of 100")
 fails = AnswerMetric("fails", 1, broken, "nothing")
 number = 3
 """
@@ -124,6 +125,7 @@ def test_an_entry_point_of_an_installed_package_is_a_metric(folder, monkeypatch)
             "own_metrics.py:length",
             "needs the package a_package_of_nobody, which is not installed; pip install",
         ),
+        ("own_metrics.py:points", "'points' gave 100 for the prediction 'circle', and a score is .*0 to 1"),
         ("own_metrics.py:fails", "'fails' failed on the prediction .*KeyError"),
         ("exact_mach", "did you mean 'exact_match'"),
     ],

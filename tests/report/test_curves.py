@@ -2,10 +2,11 @@
 
 import pytest
 
+from llava_keeplora.methods import METHODS
 from llava_keeplora.report import Cost, Trial
 from llava_keeplora.report.cost import cost_rows, draw_costs
 from llava_keeplora.report.curves import draw_curves, draw_forgetting, draw_losses
-from llava_keeplora.report.figures import LIGHT
+from llava_keeplora.report.figures import LIGHT, fill, style
 from llava_keeplora.report.results import mean_lines, spread
 from llava_keeplora_eval import Matrix
 
@@ -35,6 +36,12 @@ def test_a_panel_per_task_shows_means_over_seeds_and_the_level_line_of_the_untou
     assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(85 + 50**0.5), (
         "the sample deviation of 80 and 90"
     )
+
+
+def test_all_methods_of_the_package_differ_from_each_other_in_lines_and_bars():
+    looks = [style(position) for position in range(len(list(METHODS)))]
+    bars = [fill(position, LIGHT) for position in range(len(looks))]
+    assert len({str(look) for look in looks}) == len({str(bar) for bar in bars}) == len(looks) > 20
 
 
 def test_forgetting_ends_at_the_metric_and_shows_each_tasks_share(results):
