@@ -87,7 +87,8 @@ def run_plan(args: argparse.Namespace) -> None:
 def run_report(args: argparse.Namespace) -> None:
     """Write the report of runs and print its summary."""
     with without_collection():
-        from llava_keeplora.report.run_report import summary, write_run_report
+        from llava_keeplora.report.run_report import write_run_report
+        from llava_keeplora.report.terminal import summary
 
     results = write_run_report(*args.run_folders, into=args.into)
     sys.stdout.write(summary(args.into or args.run_folders[0], results))

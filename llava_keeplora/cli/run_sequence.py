@@ -59,10 +59,10 @@ def print_summary(run: Run, scores: RunMatrix, task: str | None = None) -> int:
         task: the task whose verdict counts; those of all when None.
     """
     from llava_keeplora.guard import exit_code
-    from llava_keeplora.report.run_report import summary
+    from llava_keeplora.report.terminal import summary, trials_of_run
 
     if run.is_main_process:
-        sys.stdout.write(summary(run.folder, {label: [matrix] for label, matrix in scores.items()}))
+        sys.stdout.write(summary(run.folder, trials_of_run(run.folder, scores)))
     return exit_code(run.folder, task)
 
 

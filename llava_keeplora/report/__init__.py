@@ -4,7 +4,8 @@ from llava_keeplora.report.capacity import protected_fraction_plot
 from llava_keeplora.report.errors import ReportError
 from llava_keeplora.report.heatmap import heatmap
 from llava_keeplora.report.results import Cost, Trial
-from llava_keeplora.report.run_report import summary, write_run_report
+from llava_keeplora.report.run_report import write_run_report
+from llava_keeplora.report.terminal import summary
 from llava_keeplora.report.write_report import write_report
 
 __all__ = [

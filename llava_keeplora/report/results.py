@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.matrix import format_number
@@ -64,6 +65,7 @@ class Trial:
         matrix: its scores.
         seed: the run's seed.
         run: the run's name.
+        folder: the method's folder; None where there is none.
         capacity: protected directions per stage.
         captured: per task, the share of each layer's residual gradient energy that its adapter's directions
             contain.
@@ -81,6 +83,7 @@ class Trial:
     matrix: Matrix
     seed: int | None = None
     run: str = ""
+    folder: Path | None = None
     capacity: CapacityStages = ()
     captured: LayerLines = field(default_factory=dict)
     overlap: Sequence[Sequence[float | None]] | None = None

@@ -18,9 +18,9 @@ from llava_keeplora.report.capacity import layer_lines
 from llava_keeplora.report.overlap import overlap
 from llava_keeplora.report.resources import read_needs
 from llava_keeplora.report.results import CapacityStages, Cost, LayerLines, Trial
-from llava_keeplora.report.tables import bounds_first, markdown_table, summary_table
+from llava_keeplora.report.tables import bounds_first
 from llava_keeplora.report.verdict import verdict_html
-from llava_keeplora.report.watched import read_watched, stage_table, watched_examples
+from llava_keeplora.report.watched import read_watched, watched_examples
 from llava_keeplora.report.write_report import DOCUMENTS, write_report
 from llava_keeplora.run_folder import (
     ASIDE,
@@ -56,7 +56,7 @@ READ = (SCORES, PREPARED, TRAIN, CONSOLIDATED, DELTA)
 SECTIONS = ("seed", "sequence", "model", "parts", "training", "data")
 
 
-def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[str, list[Matrix]]:
+def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[str, list[Trial]]:
     """Write the tables, plots and HTML page of a run, or of several side by side.
 
     Runs of a method that differ in their seeds alone are one row, mean ± sd; runs with other settings get a
@@ -67,7 +67,7 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
         into: the folder to write to; a single run's own when None.
 
     Returns:
-        name → matrices, one per seed, zero-shot first.
+        name → trials, one per seed, zero-shot first.
 
     Raises:
         RunError: a folder has no matrix, runs can't be compared, or there are several and `into` is None.
@@ -85,7 +85,7 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
         write_report(tmp_dir, title, results, rows_of(results) | settings_of(folders) | adopted, head)
     if into is None:
         write_bytes(folders[0] / STAMP, _stamp(folders[0]))
-    return {name: [trial.matrix for trial in trials] for name, trials in results.items()}
+    return results
 
 
 def report_is_current(run: Path) -> bool:
@@ -293,6 +293,7 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
         matrix=matrix,
         seed=seed,
         run=run,
+        folder=folder,
         capacity=capacity,
         captured=read_captured(folder, capacity),
         overlap=overlap([path / DELTA for path in tasks.values()]),
@@ -386,37 +387,3 @@ def read_costs(folder: Path) -> dict[str, Cost]:
         ]
         costs[stage] = Cost(sum(entry.seconds for entry in entries), *max(peaks, default=(None, "")))
     return costs
-
-
-def summary(where: str | Path, results: Mapping[str, Sequence[Matrix]]) -> str:
-    """Return the text that a run and the command `report` print at their end.
-
-    It has the matrices of single runs, what a guard watches, the headline metrics, the tasks that each method
-    still has capacity for, and the paths of the folder, the table and the HTML page.
-
-    Args:
-        where: the folder of the report.
-        results: name → matrices, one per seed.
-    """
-    where = Path(where)
-    single = {name: matrices[0] for name, matrices in results.items() if len(matrices) == 1}
-    blocks = []
-    for name, matrix in single.items():
-        if matrix.started:
-            marks = read_marks(where / name, matrix.tasks)
-            blocks.append(f"{name}: score in % after each task\n{matrix.markdown(marks=marks)}")
-        trial = Trial(matrix, watched=read_watched(where / name, matrix.tasks))
-        if (table := stage_table([trial]))[1]:
-            blocks.append(f"{name}: score in % on what the guard watches\n{markdown_table(*table)}")
-    blocks.append(summary_table(results))
-    adopted = [line for name in results for line in adopted_lines(name, where / name)]
-    blocks += ["\n".join(adopted)] * bool(adopted)
-    forecasts = [line for name in results if (line := room_line(name, where / name))]
-    blocks += ["\n".join(forecasts)] * bool(forecasts)
-    paths = {
-        "run folder" if (where / CONFIG).exists() else "folder": where,
-        "table": where / DOCUMENTS["table"],
-        "HTML report": where / DOCUMENTS["html"],
-    }
-    blocks.append("\n".join(f"{what}: {path}" for what, path in paths.items()))
-    return "\n" + "\n\n".join(blocks) + "\n"

@@ -15,7 +15,8 @@ from llava_keeplora.doctor.run import examine_run
 from llava_keeplora.errors import RunError
 from llava_keeplora.export import import_state, run_export
 from llava_keeplora.journal import Journal
-from llava_keeplora.report.run_report import summary, write_run_report
+from llava_keeplora.report.run_report import write_run_report
+from llava_keeplora.report.terminal import summary
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.saved_run import extended, load_run
 from llava_keeplora.sequence.fork import fork

@@ -15,7 +15,7 @@ from llava_keeplora.export import card
 from llava_keeplora.export.loaded_run import Base, load_learned_run
 from llava_keeplora.export.state import write_state
 from llava_keeplora.records import MOST_DEEP, read_object
-from llava_keeplora.report import run_report
+from llava_keeplora.report import run_report, terminal
 from llava_keeplora.run_folder import GUARD, SCHEMAS, read_record
 from llava_keeplora.saved_run import extended
 from llava_keeplora.sequence.fork import fork
@@ -56,7 +56,7 @@ def doctor(run, into, task):
 
 def report(run, into, task):
     results = run_report.write_run_report(run, into=into)
-    run_report.summary(run, results)
+    terminal.summary(run, results)
 
 
 def export(run, into, task):

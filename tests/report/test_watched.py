@@ -15,7 +15,7 @@ from llava_keeplora.guard import WATCH
 from llava_keeplora.report import Trial, write_report
 from llava_keeplora.report.results import row_marks
 from llava_keeplora.report.run_matrix import RunMatrix
-from llava_keeplora.report.run_report import summary
+from llava_keeplora.report.terminal import summary, trials_of_run
 from llava_keeplora.report.watched import read_watched, stage_table, watched_header, watched_rows
 from llava_keeplora_eval import Matrix
 
@@ -65,13 +65,22 @@ def test_the_terminal_and_the_matrix_of_a_program_have_them_and_say_what_was_rol
         verdict = {"task": task, "limits": [limit | REST], "then": then}
         write_json(tmp_path / "lora" / place / "guard.json", verdict)
     matrix = RunMatrix.of(tmp_path, {"lora": MATRIX, "zero-shot": MATRIX})
-    texts = [summary(tmp_path, {"lora": [MATRIX], "zero-shot": [MATRIX]}), repr(matrix)]
+    trials = trials_of_run(tmp_path, {"lora": MATRIX, "zero-shot": MATRIX})
+    texts = [summary(tmp_path, trials), repr(matrix)]
     for text in texts:
         assert "| b (rolled back) | 8.0 | 9.0 | 1.0 |" in text and "| b | 78.0 |" in text
         assert text.count("pope (watched)") == 1
     assert "b (rolled back)" in (page := matrix._repr_html_()) and page.count("pope (watched)") == 1
     assert matrix.watched["lora"]["b"] == {"pope": 78.0} and matrix.watched["zero-shot"] == {}
     assert RunMatrix({"lora": MATRIX}).watched == {"lora": {}}
+
+
+def test_the_terminal_has_them_of_every_one_of_several_runs(tmp_path):
+    more = {"lora (one)": [trial(0, 80, 70, 60, 50)], "lora (two)": [trial(0, 80, 78), trial(1, 80, 74)]}
+    text = summary(tmp_path, more)
+    assert text.count("pope (watched)") == 2
+    assert "lora (one): score in % on what the guard watches" in text and "| c | 50.0 |" in text
+    assert "lora (two), mean of 2 seeds: score in % on what" in text and "| a | 76.0 ± 2.8 |" in text
 
 
 def test_a_mark_of_some_seeds_says_of_how_many():

@@ -7,7 +7,8 @@ import pytest
 from torch import nn
 
 from llava_keeplora.methods import Layer
-from llava_keeplora.report.run_report import read_results, room_line, summary
+from llava_keeplora.report.run_report import read_results, room_line
+from llava_keeplora.report.terminal import summary, trials_of_run
 from llava_keeplora.sequence.forecast import shortage
 from llava_keeplora.subspace import Room
 
@@ -32,7 +33,7 @@ def test_every_task_leaves_a_forecast_of_each_layer_from_the_sizes_so_far(three_
 def test_the_summary_of_a_run_names_the_layer_that_fills_first(three_tasks_run):
     last = consolidated(three_tasks_run)[-1]
     fewest = min(room["tasks"] for room in last["forecast"].values() if room["tasks"] is not None)
-    results = {label: [matrix] for label, matrix in read_results(three_tasks_run).items()}
+    results = trials_of_run(three_tasks_run, read_results(three_tasks_run))
     (line,) = [line for line in summary(three_tasks_run, results).splitlines() if line.startswith("room of ")]
     assert line.startswith(f"room of keeplora: {fewest} more task")
     (named,) = [name for name in last["forecast"] if f"the first layer to fill is {name}, " in line]
