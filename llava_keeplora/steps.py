@@ -61,6 +61,11 @@ class Budget:
         return cls(kept, step_size(training, world), steps)
 
     @property
+    def repeats(self) -> bool:
+        """Whether the steps see some example more than once."""
+        return self.seen > self.examples
+
+    @property
     def seen(self) -> int:
         """Number of examples that the steps see, each counted as often as it is seen.
 

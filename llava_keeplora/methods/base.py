@@ -96,7 +96,11 @@ class TaskContext:
         base: the report of the base; empty for the base itself.
         tasks: number of tasks of the run.
         choose: part → the choice of its ε_w from the data, with the key `energy`.
-        forward: the model that is being trained, with training's precision, on a batch; only inside `loss`.
+        forward: the model that is trained, in its precision, on a batch; only in `before_steps` and `loss`.
+        outputs: `outputs(compute)` returns what `compute` gives for the task's training data, batch by batch
+            in order, (examples, ...) in fp32 on the host; it returns a row per example of a batch.
+        rows: the indices of a batch's examples in these data, (batch,); only in `loss`; None for a `mixture`.
+        repeats: whether training sees some of the task's examples twice, and not cropped anew each time.
         own_answers: returns the task's training questions with the model's answers from before it, `Inputs`.
         data: returns the training data of a task of the run, counted from 1; for 0 those of
             `general_data_spec`.
@@ -127,6 +131,9 @@ class TaskContext:
     tasks: int = 0
     choose: Callable[[str], dict[str, Any]] | None = None
     forward: Callable[..., Any] | None = None
+    outputs: Callable[[Callable[[Mapping[str, Tensor]], Tensor]], Tensor] | None = None
+    rows: Tensor | None = None
+    repeats: bool = False
     own_answers: Callable[[], Any] | None = None
     data: Callable[[int], TaskData] | None = None
     budgets: Sequence[Budget] = ()
@@ -344,6 +351,9 @@ class Method:
             default: the Trainer's AdamW, with its parameter groups and their learning rates and weight decay.
         """
         return default
+
+    def before_steps(self, ctx: TaskContext) -> None:
+        """Do something in every process before the first step, also of a resumed run; nothing by default."""
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
         """Return the training loss of one batch; the task's own by default."""

@@ -105,6 +105,10 @@ class Individual(Method):
         with self.inner.training_context(_first(ctx), model):
             yield
 
+    def before_steps(self, ctx: TaskContext) -> None:
+        """Do what the method does in its first task."""
+        self.inner.before_steps(_first(ctx))
+
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of the method's first task."""
         return self.inner.loss(_first(ctx), batch, out)

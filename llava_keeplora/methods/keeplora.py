@@ -146,7 +146,8 @@ class KeepLora(KeptFeatures):
         self.distillation = self.rules.distillation if options.distillation is None else options.distillation
         self.keeps_features = bool(self.distillation)
         if self.keeps_features:
-            self.stage_cost = self.stage_cost | {Stage.TRAINED: FEATURES_COST}
+            training = self.stage_cost.get(Stage.TRAINED, 0.0) + FEATURES_COST
+            self.stage_cost = self.stage_cost | {Stage.TRAINED: training}
         self.one_process = self.rules.one_process and options.protect_features
         self.gradient_fraction, self.feature_fraction = (
             1.0 if share == AUTO and self.rules.released else share

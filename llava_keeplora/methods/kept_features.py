@@ -7,12 +7,18 @@ image may move as far as its class asks for, and no further; what is learned the
 images less as well, and with them the answers on tasks to come. No data but the task's are read. It is no
 part of KeepLoRA's paper. Distillation of answers (LwF) keeps the features only as far as the task's own
 classes tell them apart; ZSCL keeps answers on reference images.
+
+The model at the start stays the same, and so do the images: where training sees one of them twice, f_0 of all
+n is computed in one pass before the first step, without shuffling, and kept on the host, n × d numbers in
+fp32. A killed run repeats the pass, so that it ends as it would have. Where images are cropped anew for every
+step, or none is seen twice, a step computes f_0 of its own images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +27,7 @@ from torch.nn.functional import cosine_similarity
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import TaskContext
 from llava_keeplora.methods.protecting import ProtectingMethod
-from llava_keeplora.methods.task_start import TaskStart
+from llava_keeplora.methods.task_start import TaskStart, remember_start
 
 #: Forward passes per example beside training's own, for the features at the start.
 FEATURES_COST = 1.0
@@ -38,31 +44,43 @@ class KeptFeatures(ProtectingMethod):
 
     def __init__(self, options: Any):
         super().__init__(options)
-        self._start: TaskStart | None = None
+        self.start: TaskStart | None = None
 
-    @contextmanager
-    def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
+    def training_context(self, ctx: TaskContext, model: nn.Module) -> AbstractContextManager[None]:
         """Remember the model at the task's start."""
-        self._start = TaskStart(model) if self.distillation else None
-        try:
-            yield
-        finally:
-            self._start = None
+        return remember_start(self, model) if self.distillation else super().training_context(ctx, model)
+
+    def before_steps(self, ctx: TaskContext) -> None:
+        """Compute f_0 of all images at once, where training sees images more than once."""
+        if self.start and ctx.repeats:
+            self.start.keep(ctx, partial(image_features, ctx))
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
         """Return the task's own loss plus λ times the mean of 1 − cos of old and new image features.
 
         Raises:
-            MethodError: for a family of one's own whose loss gives no image features.
+            MethodError: see `image_features`.
         """
-        if self._start is None:
+        if self.start is None:
             return out["loss"]
-        if "image" not in out:
-            raise MethodError(
-                "distillation keeps image features, and the model family's loss returns none under 'image'",
-                "set distillation to 0, or return them (docs/extending.md)",
-            )
-        with self._start.restored():
-            before = ctx.forward(**batch)["image"]
-        moved = 1 - cosine_similarity(before.float(), out["image"].float())
+        before = self.start.output(ctx, batch, partial(image_features, ctx))
+        moved = 1 - cosine_similarity(before, _features(out))
         return out["loss"] + self.distillation * moved.mean()
+
+
+def image_features(ctx: TaskContext, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the image features of a batch, (images, width) in fp32, of the model that is being trained.
+
+    Raises:
+        MethodError: for a family of one's own whose loss gives no image features.
+    """
+    return _features(ctx.forward(**batch))
+
+
+def _features(out: Mapping[str, Tensor]) -> Tensor:
+    if "image" not in out:
+        raise MethodError(
+            "distillation keeps image features, and the model family's loss returns none under 'image'",
+            "set distillation to 0, or return them (docs/extending.md)",
+        )
+    return out["image"].float()

@@ -26,8 +26,8 @@ forward pass more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Layer, MethodInfo, TaskContext
 from llava_keeplora.methods.seq_lora import SequentialLora
-from llava_keeplora.methods.task_start import TaskStart, divergence
+from llava_keeplora.methods.task_start import TaskStart, divergence, remember_start
 from llava_keeplora.run_folder import Stage
 
 
@@ -62,22 +62,17 @@ class Lwf(SequentialLora):
 
     def __init__(self, options: Lwf.Options):
         super().__init__(options)
-        self._start: TaskStart | None = None
+        self.start: TaskStart | None = None
 
-    @contextmanager
-    def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
+    def training_context(self, ctx: TaskContext, model: nn.Module) -> AbstractContextManager[None]:
         """Remember the model at the task's start."""
-        self._start = TaskStart(model)
-        try:
-            yield
-        finally:
-            self._start = None
+        return remember_start(self, model)
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
         """Return the task's own loss plus the distillation on the same batch."""
         if not self.options.strength:
             return out["loss"]
-        with self._start.restored():
+        with self.start.restored():
             before = ctx.forward(**batch)["logits"]
         distilled = divergence(before, out["logits"], self.options.temperature)
         return out["loss"] + self.options.strength * distilled

@@ -104,7 +104,7 @@ class SelfDistillation(Lwf):
         )
         self._batches += 1
         own = {key: value.to(out["loss"].device) for key, value in self._answered.collate(chosen).items()}
-        with self._start.restored():
+        with self.start.restored():
             before = ctx.forward(**own)["logits"]
         distilled = divergence(before, ctx.forward(**own)["logits"], self.options.temperature)
         return out["loss"] + self.options.strength * distilled

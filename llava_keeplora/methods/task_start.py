@@ -5,8 +5,9 @@ Adapters add nothing while it answers, and modules that are trained in full get 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn.functional import kl_div
 from llava_keeplora.adapters import ADAPTER, lora_layers
 from llava_keeplora.capture import evaluating
 from llava_keeplora.deepspeed_zero import gathered
+from llava_keeplora.methods.base import TaskContext
 
 
 class TaskStart:
@@ -32,6 +34,26 @@ class TaskStart:
         ]
         with gathered(self._full):
             self._values = [p.detach().clone() for p in self._full]
+        self._kept: Tensor | None = None
+
+    def keep(self, ctx: TaskContext, compute: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
+        """Compute once what `output` then looks up, for every example of the task; in `before_steps`.
+
+        Args:
+            ctx: the task's context.
+            compute: batch → a row per example, of the model that is being trained.
+        """
+        with self.restored():
+            self._kept = ctx.outputs(compute)
+
+    def output(
+        self, ctx: TaskContext, batch: Mapping[str, Tensor], compute: Callable[[Mapping[str, Tensor]], Tensor]
+    ) -> Tensor:
+        """Return what `compute` gives for a batch at the task's start; in `loss`. See `keep`."""
+        if self._kept is not None:
+            return self._kept[ctx.rows.cpu()].to(ctx.rows.device)
+        with self.restored():
+            return compute(batch)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -58,6 +80,16 @@ class TaskStart:
                 # that are put back before it is.
                 p.data.copy_(value)
         return before
+
+
+@contextmanager
+def remember_start(method: Any, model: nn.Module) -> Iterator[None]:
+    """Give a method the model at the task's start as its `start`, in `Method.training_context`."""
+    method.start = TaskStart(model)
+    try:
+        yield
+    finally:
+        method.start = None
 
 
 def divergence(P: Tensor, Q: Tensor, temperature: float = 1.0) -> Tensor:

@@ -316,7 +316,7 @@ class MemoryEstimate(Sizes):
         elif self.sharding.world > 1:
             # The processes' gradients are averaged in buckets, which are copies of them.
             training += numbers * size
-        return self._sum(training, tasks=len(self.work) - 1, host=host)
+        return self._sum(training, tasks=len(self.work) - 1, host=host + self._start_features)
 
     def _step_key(self, accumulated: bool) -> Any:
         """Return what a step depends on that differs between methods; None for one with a loss of its own."""

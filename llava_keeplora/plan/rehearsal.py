@@ -53,6 +53,7 @@ class Rehearsal:
         self.config, self.family, self.work = config, family, work
         self.sharding, self.cpu, self.base_copies = sharding, cpu, base_copies
         self.method, self.training = make_method(method), method.training
+        self.label, self.crops = method.label, method.random_resized_crop
         self.changed = find_layers(method.parts, family)
         self.layers = self.changed.adapted
         self.subspaces = self.method.subspace_plan()

@@ -85,6 +85,19 @@ class Sizes(Rehearsal):
             return self._question_features(1).shape[1]
 
     @cached_property
+    def _start_features(self) -> int:
+        """Bytes of the image features at a task's start that training looks up; see `KeptFeatures`."""
+        if not self.method.keeps_features or self.crops:
+            return 0
+        trainings, world = self.config.trainings(self.label), self.sharding.world
+        rows = (
+            work.train
+            for work, training in zip(self.work, trainings, strict=True)
+            if Budget.of(training, work.train, world).repeats
+        )
+        return F32 * self._feature_width * max(rows, default=0)
+
+    @cached_property
     def delta_numbers(self) -> int:
         """Numbers of one task's delta."""
         return sum(map(self._numbers, self.changed.modules))

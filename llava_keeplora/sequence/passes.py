@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llava_keeplora.adapters import Delta
 from llava_keeplora.capture import autocast, feature_pass, gradient_pass
+from llava_keeplora.distributed import sum_over_processes
 from llava_keeplora.methods import TaskContext
 from llava_keeplora.methods.shares import Share, Stretch
 from llava_keeplora.run_folder import CONSOLIDATED, Stage, read_record
@@ -45,6 +46,8 @@ def task_context(state: MethodState, index: int, stage: Stage) -> TaskContext:
         statistics_bytes=int(context.config.memory.statistics_gb * 1e9),
         batches=functools.partial(counted_batches, state, index),
         model=context.family.model,
+        outputs=functools.partial(run_output_pass, state, index),
+        repeats=_repeats(state, index),
         examples=functools.partial(training_examples, state, index),
         predictor=lambda: training_predictor(state, index),
         task=lambda: context.family.task(state.tasks[index - 1].recipe),
@@ -58,6 +61,12 @@ def task_context(state: MethodState, index: int, stage: Stage) -> TaskContext:
         budgets=state.budgets(),
         passes=state.passes,
     )
+
+
+def _repeats(state: MethodState, index: int) -> bool:
+    """Return `TaskContext.repeats` of a task."""
+    own = index > 0 and not state.method.mixes and not state.config.random_resized_crop
+    return own and state.budgets()[index - 1].repeats
 
 
 def run_gradient_pass(
@@ -153,6 +162,29 @@ def run_feature_pass(
 
     with context.zero.engaged(task), autocast(state.config.training, context.device.type):
         return feature_pass(task, state.adapted, parts, batches, continuing)
+
+
+def run_output_pass(
+    state: MethodState, index: int, compute: Callable[[Mapping[str, Tensor]], Tensor]
+) -> Tensor:
+    """Return what `compute` gives for a task's training data; see `TaskContext.outputs`.
+
+    Every process computes its share, in batches that do not depend on training's shuffling, and gets all.
+    """
+    batches, chosen = _batches(state, index, 1.0, FEATURE_COST)
+    count, world, outputs = len(chosen.chosen), chosen.world, None
+    # The processes' batches of equal number are neighbours: process r has every `world`-th example from r on.
+    for start, (batch, counts) in zip(range(0, count, world * chosen.batch_size), batches, strict=True):
+        output = compute(batch).float()
+        rows = min(world * chosen.batch_size, count - start)
+        joined = output.new_zeros(rows, *output.shape[1:])
+        if counts:
+            joined[chosen.rank :: world] = output
+        sum_over_processes([joined])
+        if outputs is None:
+            outputs = torch.empty(count, *output.shape[1:])
+        outputs[start : start + rows] = joined.cpu()
+    return outputs
 
 
 def _carry_on(statistics: Iterable[Any], factor: float, rank: int) -> None:

@@ -40,7 +40,14 @@ from llava_keeplora.sequence.method_state import MethodState, Outcome, write_if_
 from llava_keeplora.sequence.mixed_data import MixedData
 from llava_keeplora.sequence.passes import GRADIENT_COST, task_context
 from llava_keeplora.sequence.reporters import end_own_place, give_own_place
-from llava_keeplora.sequence.trainer import Indices, TaskTrainer, check_finite, release, without_timings
+from llava_keeplora.sequence.trainer import (
+    Indices,
+    TaskTrainer,
+    check_finite,
+    collate_with_rows,
+    release,
+    without_timings,
+)
 from llava_keeplora.start import Task
 from llava_keeplora.start.training_args import training_arguments
 from llava_keeplora.steps import Budget
@@ -176,7 +183,7 @@ def _own_data(state: MethodState, task: Task, index: int) -> dict[str, Any]:
         "args": arguments,
         "train_dataset": Indices(len(inputs)),
         "crops": crops,
-        "data_collator": (crops or inputs).collate,
+        "data_collator": functools.partial(collate_with_rows, (crops or inputs).collate),
     }
 
 

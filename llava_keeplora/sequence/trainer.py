@@ -37,6 +37,8 @@ CURE = (
 #: Attributes of the Trainer for the mean loss that its state lacks: the sum of all logged losses, the step of
 #: the last one, and the first step.
 LOSSES = ("_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
+#: Key of a batch: which examples of the task's training data it has, (batch,).
+ROWS = "example_rows"
 TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
@@ -88,6 +90,13 @@ class Indices(torch.utils.data.Dataset):
         return index
 
 
+def collate_with_rows(
+    collate: Callable[[Sequence[int]], dict[str, Tensor]], rows: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return some examples as a batch, with which they are under `ROWS`, for `TaskContext.rows`."""
+    return {**collate(rows), ROWS: torch.tensor(rows)}
+
+
 class TaskTrainer(Trainer):
     """`Trainer` of one task with a method's loss.
 
@@ -128,6 +137,7 @@ class TaskTrainer(Trainer):
             self.add_callback(callback)
         self._without_gradient: set[str] | None = None
         self._shares: deque[float] = deque()
+        self._rows: deque[Tensor | None] = deque()
 
     @property
     def steps_before(self) -> int:
@@ -194,11 +204,13 @@ class TaskTrainer(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ):
-        """Set up model, optimiser and schedule, and restore what a killed run saved of them."""
+        """Set up model, optimiser and schedule, restore a killed run's, and let the method prepare."""
         # None: the Trainer would read DeepSpeed's own checkpoint here, which is a pickle.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             self._restore()
+        self.ctx.forward = functools.partial(self._forward, self.accelerator.unwrap_model(prepared[0]))
+        self.method.before_steps(self.ctx)
         return prepared
 
     @torch.no_grad()
@@ -247,6 +259,7 @@ class TaskTrainer(Trainer):
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
         # A mixture's batches are weighted as they are made.
         self._shares = deque(batch.pop(SHARE, 1.0) for batch in batches)
+        self._rows = deque(batch.pop(ROWS, None) for batch in batches)
         size, world = self.args.train_batch_size, self.accelerator.num_processes
         last = len(self.train_dataset) % (size * world)
         if (
@@ -260,6 +273,7 @@ class TaskTrainer(Trainer):
         padded, task = batches[-1], self.accelerator.unwrap_model(self.model)
         examples = min(max(0, last - self.args.process_index * size), size)
         batches[-1] = task.first(padded, max(examples, 1))
+        self._rows[-1] = self._rows[-1][: max(examples, 1)]
         # Times `world`, because the processes' gradients are averaged.
         self._shares[-1] = examples * world / last
         if counted is not None:
@@ -289,7 +303,7 @@ class TaskTrainer(Trainer):
         if self.crops:
             inputs = self.crops.filled(inputs, self.state.global_step)
         out = model(**inputs)
-        self.ctx.forward = functools.partial(self._forward, self.accelerator.unwrap_model(model))
+        self.ctx.rows = self._rows.popleft()
         loss = self.method.loss(self.ctx, inputs, out)
         if not torch.isfinite(loss):
             raise TrainingError(

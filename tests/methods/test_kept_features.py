@@ -80,6 +80,28 @@ def test_the_loss_adds_the_mean_of_one_minus_cosine_to_the_features_at_the_start
         assert float(naive.detach()) > 0.01 and float(net.adapted.lora_B["default"].weight.grad.norm()) > 0
 
 
+def test_where_images_are_seen_twice_their_features_are_computed_once_and_looked_up_by_row(net, batch):
+    method, ctx = KeepLora(KeepLora.Options(distillation=4.0)), context(net)
+    data = batch["pixel_values"]
+    start, asked = net(**batch)["image"].detach(), []
+
+    def outputs(compute):
+        asked.append(len(data))
+        return torch.cat([compute({k: v[i : i + 2] for k, v in batch.items()}) for i in range(0, 6, 2)])
+
+    ctx.outputs, ctx.repeats, rows = outputs, True, torch.tensor([4, 1, 3])
+    with method.training_context(ctx, net):
+        move(net)  # A killed run has learned already when it resumes.
+        method.before_steps(ctx)
+        ctx.forward, ctx.rows = None, rows
+        part = {name: value[rows] for name, value in batch.items()}
+        out = net(**part)
+        loss = method.loss(ctx, part, out)
+    naive = sum(1 - a @ b for a, b in zip(start[rows], out["image"])) / 3
+    torch.testing.assert_close(loss, out["loss"] + 4.0 * naive)
+    assert asked == [6] and float(naive.detach()) > 0.01 and method.start is None
+
+
 def test_a_model_that_writes_answers_is_refused_before_any_data_are_read(tiny_llava, tmp_path):
     config = load_config("demo-llava", ["methods={balanced: {method: keeplora, preset: balanced}}"])
     family = load_model(ModelConfig(str(tiny_llava)))
@@ -103,6 +125,8 @@ def test_the_balanced_preset_is_the_papers_with_distillation():
     settings = {"of": "keeplora", "settings": {"preset": "balanced"}}
     alone = METHODS["individual"](METHODS["individual"].Options(**settings))
     assert alone.keeps_features and alone.stage_cost == balanced.stage_cost
+    plus = KeepLoraPlus(KeepLoraPlus.Options(preset="balanced")).stage_cost["TRAINED"]
+    assert plus == KeepLoraPlus.stage_cost["TRAINED"] + balanced.stage_cost["TRAINED"]
     assert balanced.form == paper.form and balanced.gradient_fraction == paper.gradient_fraction
 
 

@@ -160,3 +160,24 @@ def test_the_router_that_a_model_is_trained_to_be_is_kept_once_and_none_before_t
     numbers = sum(4 * layer.rank * sum(layer.module.weight.shape) for layer in trained.layers.values())
     assert [trained.state_bytes(tasks) for tasks in (1, 2, 3)] == [0, numbers, numbers]
     assert trained.stages == given.stages
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_features_at_a_tasks_start_are_held_in_training_where_they_are_looked_up(run_tree, tiny_tasks, gpus):
+    balanced = {"method": "keeplora", "preset": "balanced"}
+    rows = {
+        "none": {"method": "keeplora"},
+        "kept": balanced,
+        "cropped": {**balanced, "random_resized_crop": [0.5, 1.0]},
+        "once": {**balanced, "training": {"num_train_epochs": [1, 0.5]}},
+    }
+    tree = run_tree("unset", tasks=[str(path) for path in tiny_tasks[:2]], training={"num_train_epochs": 2})
+    estimates = _Scenarios(parse_config({**tree, "methods": rows}), Machine(gpus, 10**12)).at({})
+
+    def held(label):
+        peak = estimates[label].peak("train")
+        return peak.host if gpus else peak.device
+
+    width = estimates["kept"].family.model.config.projection_dim
+    most = max(work.train for work in estimates["kept"].work)
+    assert [held(label) - held("none") for label in rows] == [0, 4 * width * most, 0, 0]

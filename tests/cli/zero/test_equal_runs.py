@@ -215,6 +215,26 @@ def test_forms_of_later_methods_end_in_two_processes_as_in_one_with_as_many_pass
     assert any(counts.get("gradient") for _, counts in passes(tmp_path / "two", "protected"))
 
 
+@pytest.mark.parametrize("stage", [None, *(pytest.param(s, marks=pytest.mark.slow) for s in ZERO)])
+def test_features_at_the_start_are_the_same_in_two_processes_as_in_one_and_computed_once(
+    stage, trees, tiny_tasks, driven, in_two, tmp_path
+):
+    # Of 20 images, the last batch of the pass is short in each process, and so is the last step of an epoch.
+    tree = trees["clip"](
+        tasks=[str(tiny_tasks[0])],
+        methods={"keeplora": {"preset": "balanced"}},
+        training={**STEADY, "num_train_epochs": 2},
+        data={"train_examples": 20},
+    )
+    driven(parse_config(tree | {"output_dir": str(tmp_path / "one")}))
+    code, err = in_two(tree, ZERO.get(stage))
+    assert code == 0, err
+    apart = distances(tmp_path / "one", tmp_path / "two")
+    assert apart and max(apart.values()) < 1e-5, apart
+    trained = [dict(passes(tmp_path / run, "keeplora"))["TRAINED"] for run in ("one", "two")]
+    assert trained == 2 * [{"forward": 20}]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero-2", "zero-3"])
 def test_self_distillation_ends_under_zero_as_in_two_processes_without(
