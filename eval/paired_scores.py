@@ -105,6 +105,23 @@ def paired_change(
     return rescored_change(scores, len(data), level, seed, added=2)
 
 
+def score_change(data: TaskData, before: Mapping[str, str], after: Mapping[str, str]) -> float:
+    """Return the change of a task's score in points alone, which needs no resampling; see `paired_change`.
+
+    Raises:
+        EvalError: an answer is missing.
+    """
+    record = metric_of(data.recipe)
+    references, inputs = accepted_texts(data), metric_inputs(data, record)
+    first, second = (
+        units.mean
+        if (units := record.unit_scores(side, references, **inputs))
+        else record.compute(side, references, **inputs)[record.name]
+        for side in (_in_order(data, answers) for answers in (before, after))
+    )
+    return second * record.to_percent - first * record.to_percent
+
+
 def flips(data: TaskData, before: Mapping[str, str], after: Mapping[str, str], most: int = 10) -> list[Flip]:
     """Return examples whose score fell, those that fell most first, then in the order of the data.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llava_keeplora.guard.watch import chosen
-from llava_keeplora_eval.paired_scores import paired_change
+from llava_keeplora_eval.paired_scores import score_change
 from llava_keeplora_recipes import TaskData
 
 #: Most examples of a recipe on which the noise is measured.
@@ -63,6 +63,6 @@ def noise_record(
         before: id → answer, as they are judged.
         again: name of a variant → id → answer.
     """
-    points = {name: abs(paired_change(data, before, after, 0.95).points) for name, after in again.items()}
+    points = {name: abs(score_change(data, before, after)) for name, after in again.items()}
     flips = [sum(before[key] != after[key] for key in after) for after in again.values()]
     return {"points": max(points.values()), "flips": max(flips), "n": len(data), "by": points}

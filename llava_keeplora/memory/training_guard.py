@@ -80,10 +80,13 @@ class RecipeAnswers:
 
     def noise(self, data: TaskData) -> float:
         """Return the noise in points, from the answers as recorded earlier; see `recorded`."""
-        few, before = noise_examples(data), self.recorded(data, BEFORE)
-        names = [variant.name for variant in variants(self.batch_size, torch.float32)]
-        again = {name: self.recorded(few, NOISE, f".{name}") for name in names}
-        return float(noise_record(few, before, again)["points"])
+        record = noise_record(noise_examples(data), self.recorded(data, BEFORE), self.recorded_noise(data))
+        return float(record["points"])
+
+    def recorded_noise(self, data: TaskData) -> dict[str, dict[str, str]]:
+        """Return name of a variant → id → answer as recorded earlier; see `recorded`."""
+        few, names = noise_examples(data), [v.name for v in variants(self.batch_size, torch.float32)]
+        return {name: self.recorded(few, NOISE, f".{name}") for name in names}
 
     def recorded(self, data: TaskData, when: str, variant: str = "") -> dict[str, str]:
         """Return id → answer as recorded earlier.
@@ -171,7 +174,7 @@ class TrainingGuard:
         """
         for _, data, _ in self._judged(learned):
             self.answers.recorded(data, BEFORE)
-            self.answers.noise(data)
+            self.answers.recorded_noise(data)
 
     def judge(self, model: nn.Module, learned: Sequence[str]) -> dict[str, Any]:
         """Answer with the model after the training, and return and write the verdict."""

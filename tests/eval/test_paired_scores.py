@@ -8,7 +8,7 @@ import pytest
 
 from llava_keeplora_eval import EvalError, paired_scores
 from llava_keeplora_eval.metrics import AnswerMetric, CorpusMetric, Grouping, metric_record
-from llava_keeplora_eval.paired_scores import check_comparable, flips, paired_change
+from llava_keeplora_eval.paired_scores import check_comparable, flips, paired_change, score_change
 
 
 @dataclass
@@ -33,6 +33,7 @@ def test_the_change_is_that_of_the_metrics_scores():
     change = paired_change(Questions(), RIGHT, after, 0.95)
     assert (change.before, change.after, change.n) == (100, 92.5, 40)
     assert (change.better, change.worse) == (0, 3)
+    assert score_change(Questions(), RIGHT, after) == change.points == -7.5
 
 
 def test_flipped_examples_have_question_and_both_answers():
