@@ -23,6 +23,7 @@ from llava_keeplora_eval.content import changes_at, content_hash, model_content
 from llava_keeplora_eval.encoders import ENCODERS
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.generation import MAX_NEW_TOKENS
+from llava_keeplora_eval.hub import check_reachable
 from llava_keeplora_eval.layer_count import check_layer_count
 from llava_keeplora_eval.preparation import ChatPreparation
 from llava_keeplora_eval.processors import check_vocabulary, load_chat_processor
@@ -109,8 +110,10 @@ def model_family(name: str, revision: str | None = None) -> str:
             f"'{name}' is an adapter, and a whole model is needed",
             "give its base model, `import` the adapter, or export it as merged",
         )
+    path = resolve_model(name)
+    check_reachable(path, revision)
     with loading(name):
-        config = AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         kind = config.model_type
     check_layer_count(config.to_dict(), name)
     if getattr(config, "quantization_config", None) is not None:

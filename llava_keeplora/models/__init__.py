@@ -21,6 +21,7 @@ from llava_keeplora.models.usage import Usage
 from llava_keeplora.models.workload import Work, repeated
 from llava_keeplora.registries import MODEL_FAMILIES
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.hub import check_reachable
 from llava_keeplora_eval.models import FAMILIES, model_family, resolve_model
 from llava_keeplora_recipes.registry import PluginError
 
@@ -87,6 +88,8 @@ def open_model(
     model.check_place()
     with _as_config_error():
         path = resolve_model(model.name_or_path)
+        if model.family:
+            check_reachable(path, model.revision)
         name = model.family or model_family(model.name_or_path, model.revision)
         return MODEL_FAMILIES[name].from_config(path, model, evaluation)
 

@@ -1,13 +1,18 @@
 """Loading models by name: what is not a CLIP checkpoint is refused in a sentence."""
 
 import json
+import socket
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
+import huggingface_hub
 import pytest
 import torch
 
 from llava_keeplora_eval import EvalError
 from llava_keeplora_eval.checkpoints import check_device, check_place
-from llava_keeplora_eval.models import load_clip, resolve_model
+from llava_keeplora_eval.hub import check_reachable
+from llava_keeplora_eval.models import load_clip, model_family, resolve_model
 
 
 def test_names_that_are_not_embedded_pass_through(tmp_path):
@@ -80,6 +85,56 @@ def test_a_mistyped_folder_is_no_hub_id(tmp_path, monkeypatch, name, said):
         return check_place(name, ("tiny-clip",))
     with pytest.raises(EvalError, match=said):
         check_place(name, ("tiny-clip",))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Function (address) → the Hub is there and its cache is empty."""
+
+    def connect(address):
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        huggingface_hub.close_session()
+
+    yield connect
+    huggingface_hub.close_session()
+
+
+def test_a_name_that_no_folder_has_is_refused_after_one_request_to_a_hub_that_does_not_answer(
+    hub, monkeypatch
+):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    hub(address)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it asks again"))
+    with pytest.raises(EvalError, match=f"no folder 'nothere/none' .*, and {address} cannot be reached"):
+        model_family("nothere/none")
+
+
+def test_a_model_is_asked_for_where_the_hub_answers_or_the_cache_has_it(hub, tmp_path):
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.handle_request, daemon=True).start()
+        hub(f"http://127.0.0.1:{server.server_port}")
+        check_reachable("user/name")
+    hub("http://127.0.0.1:9")  # discard
+    snapshot = tmp_path / "cache/models--user--name/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (refs := tmp_path / "cache/models--user--name/refs").mkdir()
+    (refs / "main").write_text("abc")
+    check_reachable("user/name")
+    check_reachable(str(tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
