@@ -179,6 +179,7 @@ def mean_scores(trials: Sequence[Trial]) -> list[dict[str, dict]]:
                 },
             }
             for task, score in stages[0].items()
+            if all(task in stage for stage in stages)
         }
         for stages in zip(*(trial.scores for trial in trials))
     ]

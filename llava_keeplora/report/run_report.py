@@ -300,7 +300,7 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
         losses={name: losses for name, path in tasks.items() if (losses := read_losses(path / TRAIN))},
         costs=read_costs(folder),
         needs=read_needs(folder),
-        scores=[read_record(path) for path in task_files(folder, SCORES)],
+        scores=read_scores(folder, tasks, gone),
         rolled_back=gone,
         watched=read_watched(folder, matrix.tasks),
         marks=read_marks(folder, matrix.tasks),
@@ -312,6 +312,27 @@ def _folders(folder: Path, matrix: Matrix, gone: Sequence[str]) -> dict[str, Pat
     learned = [name for name in matrix.tasks if name not in gone]
     places = {name: task_folder(index, name) for index, name in enumerate(learned, start=1)}
     return {name: folder / places.get(name, ASIDE) for name in matrix.tasks}
+
+
+def read_scores(
+    folder: Path, tasks: Mapping[str, Path], gone: Sequence[str]
+) -> list[Mapping[str, Mapping[str, Any]]]:
+    """Read task → score of every stage that was scored: the base's, then after each task.
+
+    After a task that was rolled back they are those of the stage before, as in the matrix.
+
+    Args:
+        folder: the method's folder.
+        tasks: task → its folder, in order; see `_folders`.
+        gone: names of the tasks that were rolled back.
+    """
+    stages: list[Mapping[str, Mapping[str, Any]]] = []
+    for name, place in {"": folder / task_folder(0, "base"), **tasks}.items():
+        path = place / SCORES
+        stages.append(stages[-1] if name in gone else read_record(path) if path.exists() else {})
+    while stages and not stages[-1]:
+        stages.pop()
+    return stages
 
 
 def read_capacity(folder: Path) -> CapacityStages:

@@ -1,6 +1,8 @@
 """Wrong answers by class in the report: every task and stage, and means over seeds."""
 
+from llava_keeplora.files import write_json
 from llava_keeplora.report.results import Trial
+from llava_keeplora.report.run_report import read_scores
 from llava_keeplora.report.wrong_answers import answer_records, confusion_rows, error_counts, error_rows
 from llava_keeplora_eval import Matrix
 
@@ -42,6 +44,17 @@ def test_confusions_are_those_at_the_end_of_one_run():
         ["names", "cat → \\x10 (4)"]
     ]
     assert confusion_rows([FIRST]) == [["names", "cat → dog (1)"]] and confusion_rows([FIRST, SECOND]) == []
+
+
+def test_a_stage_keeps_its_name_beside_a_task_that_was_rolled_back(tmp_path):
+    for number, name in enumerate(["base", "a", "c"]):
+        score = {"n": number, "score": 1.0, "metric": "accuracy", "metric_version": 1, "dropped": 0}
+        write_json(tmp_path / f"task-0{number}-{name}/scores.json", {"a": score})
+    places = {"a": tmp_path / "task-01-a", "b": tmp_path / "aside", "c": tmp_path / "task-02-c"}
+    sizes = [scores["a"]["n"] for scores in read_scores(tmp_path, places, ["b"])]
+    assert sizes == [0, 1, 1, 2], "the base, after a, after b, which is gone, and after c"
+    assert len(read_scores(tmp_path, places | {"d": tmp_path / "task-03-d"}, ["b"])) == 4
+    assert read_scores(tmp_path / "none", {"a": tmp_path / "none"}, []) == []
 
 
 def test_a_record_has_every_stage_and_a_run_of_an_earlier_version_none():
