@@ -96,4 +96,6 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     """Return a hint for a misspelt name: ``did you mean 'x'`` or the list of valid names."""
     word, valid = str(word), sorted(map(str, valid))  # YAML's keys may be numbers or null.
     close = difflib.get_close_matches(word, valid, n=1)
-    return f"did you mean '{close[0]}'" if close else f"valid names are {', '.join(valid)}"
+    if close:
+        return f"did you mean '{close[0]}'"
+    return f"valid names are {', '.join(valid)}" if valid else "leave it out, as there are none"

@@ -46,6 +46,8 @@ ATTRIBUTES = (
     "progress",
     "capacity",
 )
+#: Settings of a part, which are none of a method's own.
+PART_KEYS = ("targets", "rank", "alpha", "energy_weight", "energy_feature", "learning_rate")
 #: Hooks with which a method is more than an update of adapters, or more than one task's.
 WHOLE = ("extra_state", "combine", "predictor", "predictor_of", "mixture", "create_optimizer", "scored")
 
@@ -177,5 +179,12 @@ def make_inner(name: str, settings: Mapping[str, Any]) -> Method:
         )
     known = {option.name for option in dataclasses.fields(cls.Options)}
     if unknown := next((key for key in settings if key not in known), None):
-        raise MethodError(f"settings has '{unknown}', which '{name}' does not have", nearest(unknown, known))
+        raise MethodError(f"settings has '{unknown}', which '{name}' does not have", _cure(unknown, known))
     return cls(cls.Options(**settings))
+
+
+def _cure(unknown: str, known: Collection[str]) -> str:
+    """Return what to do about a setting that the method does not have."""
+    if unknown in PART_KEYS:
+        return f"set {unknown} under the row's `parts`"
+    return nearest(unknown, known)

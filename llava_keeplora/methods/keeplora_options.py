@@ -62,7 +62,9 @@ def check_options(options: Any) -> None:
             f"distillation must be 0 or a positive number (got {options.distillation})",
             "set it to 0 for none",
         )
-    if options.distillation and (options.form or RULES[options.preset].form) == "literal":
+    rules, given = RULES[options.preset], options.distillation
+    distillation = rules.distillation if given is None else given
+    if distillation and (options.form or rules.form) == "literal":
         raise MethodError(
             "distillation takes the model at the task's start as teacher, from which the literal form "
             "does not start",

@@ -40,6 +40,17 @@ def finished(tmp_path_factory, run_config, driven, tiny_tasks):
     return driven(run_config(folder, methods=METHODS_RUN, tasks=tasks, training={"logging_steps": 1}))
 
 
+@pytest.mark.parametrize(
+    ("setting", "cure"),
+    [("rank", "set rank under the row's `parts`"), ("strength", "leave it out, as there are none")],
+)
+def test_a_setting_that_the_learning_method_does_not_have_is_refused_with_where_it_belongs(setting, cure):
+    with pytest.raises(MethodError) as error:
+        METHODS["individual"].Options(settings={setting: 3})
+    assert f"settings has '{setting}', which 'seq-lora' does not have" in str(error.value)
+    assert cure in str(error.value)
+
+
 def matrix(folder, label):
     return Matrix.from_json(folder / label / "matrix.json")
 

@@ -136,10 +136,14 @@ def test_a_strength_that_is_no_weight_is_refused(strength):
         KeepLora.Options(distillation=strength)
 
 
-@pytest.mark.parametrize("options", [{"form": "literal"}, {"preset": "released-clip"}])
+#: The distillation of the preset, and a form that has none.
+BALANCED_LITERAL = {"preset": "balanced", "form": "literal", "distillation": None}
+
+
+@pytest.mark.parametrize("options", [{"form": "literal"}, {"preset": "released-clip"}, BALANCED_LITERAL])
 def test_the_literal_form_has_no_model_at_the_start_and_is_refused(options):
     with pytest.raises(MethodError, match="from which the literal form does not start"):
-        KeepLora.Options(distillation=1.0, **options)
+        KeepLora.Options(**{"distillation": 1.0, **options})
 
 
 def test_a_classifier_beside_it_keeps_both_losses(net, batch):
