@@ -8,10 +8,14 @@ READY := $(VENV)/.ready
 
 setup: $(READY)
 
+# Without compilation, which would take a minute or two: of most modules the byte code is never needed, and Python writes that of
+# the others when they are first imported.
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(PIP) torch==2.13.0
+	$(PIP) -c constraints.txt -e '.[test]'
 	touch $(READY)
 
 demo: $(READY)
