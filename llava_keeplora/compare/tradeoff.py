@@ -40,7 +40,7 @@ CAPTION = (
 )
 
 #: Markers, used once the colours have run out.
-MARKERS = ("o", "s", "^", "D")
+MARKERS = ("o", "s", "^", "D", "v")
 
 Point = tuple[float, float]
 #: Label → the numbers of its row in `table.json`.
@@ -152,7 +152,7 @@ def _draw_rows(axes, rows: Records, positions: Mapping[str, int]) -> None:
             axes.axvline(row["last_mean"], label=label, linewidth=1.2, **look)
 
 
-def _style(positions: Mapping[str, int], label: str) -> dict[str, str]:
+def _style(positions: Mapping[str, int], label: str) -> dict[str, Any]:
     """Return a method's colour, line style and marker, which tell it where points are not joined."""
     position = positions.get(label, len(positions))
     return style(position) | {"marker": MARKERS[position // len(COLOURS) % len(MARKERS)]}
