@@ -187,8 +187,7 @@ class Method:
     #: Whether `after_task` on the base depends only on the model, the method's settings and the set of tasks,
     #: not on their order or the seed: runs that share a base cache then compute it once.
     base_is_cacheable = False
-    #: Whether trained parameters may be sharded by ZeRO-3; False if the method reads them outside of their
-    #: layers' forward pass.
+    #: Whether ZeRO-3 may shard trained parameters; False if they are read outside of their layers' forward.
     supports_zero3 = True
     #: Why not, as the predicate of a sentence.
     zero3_conflict = "reads trained parameters outside of their layers, where they are sharded"
@@ -223,8 +222,7 @@ class Method:
     keeps_prototypes = False
     #: Whether a task may train on other data than its own; see `mixture` and `further_budget`.
     mixes = False
-    #: Whether a task's update may have been trained elsewhere (`llava-keeplora adopt`); False if later tasks
-    #: or answers need more of a task than its deltas and what `after_task` computes.
+    #: Whether an update may be trained elsewhere (`adopt`): deltas and `after_task` are all that is needed.
     adopts = False
     #: The reference data of `reference_data_spec`; None for methods that need none.
     reference: Reference | None = None
@@ -240,6 +238,11 @@ class Method:
     def mergeable(self) -> bool:
         """Whether the result merges into the base's weights, with the method's settings."""
         return self.info.mergeable
+
+    @property
+    def plain_step(self) -> bool:
+        """Whether a training step is that of the task's own loss, with nothing on the model but adapters."""
+        return (type(self).loss, type(self).training_context) == (Method.loss, Method.training_context)
 
     def check(self, layers: Mapping[str, Layer]) -> None:
         """Check the layers' settings before anything is computed; do nothing by default.

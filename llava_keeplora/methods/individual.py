@@ -89,6 +89,11 @@ class Individual(Method):
         for name in ATTRIBUTES:
             setattr(self, name, getattr(self.inner, name))
 
+    @property
+    def plain_step(self) -> bool:
+        """Whether the method's is."""
+        return self.inner.plain_step
+
     def subspace_plan(self) -> SubspacePlan | None:
         """Return the method's own, without the features of finished tasks.
 

@@ -46,6 +46,12 @@ class KeptFeatures(ProtectingMethod):
         super().__init__(options)
         self.start: TaskStart | None = None
 
+    @property
+    def plain_step(self) -> bool:
+        """Whether a training step keeps no features and is that of the task's own loss."""
+        own = type(self).loss, type(self).training_context
+        return not self.distillation and own == (KeptFeatures.loss, KeptFeatures.training_context)
+
     def training_context(self, ctx: TaskContext, model: nn.Module) -> AbstractContextManager[None]:
         """Remember the model at the task's start."""
         return remember_start(self, model) if self.distillation else super().training_context(ctx, model)

@@ -22,7 +22,7 @@ from llava_keeplora.adapters import is_quantised
 from llava_keeplora.capture import autocast, autocast_dtype, feature_pass, gradient_pass
 from llava_keeplora.config import EXPORT_EXAMPLES
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import Layer, Method
+from llava_keeplora.methods import Layer
 from llava_keeplora.methods.gradient_init import gradient_statistic
 from llava_keeplora.methods.presets import least_statistics
 from llava_keeplora.models import repeated
@@ -155,7 +155,26 @@ class MemoryEstimate(Sizes):
         return self._gradient_peak(self.subspaces.sketched)
 
     def _gradient_peak(self, sketched: bool) -> Peak:
-        layers, tasks = self.layers, max(0, len(self.work) - 1)
+        layers, tasks = self.layers.values(), max(0, len(self.work) - 1)
+        key = self._pass_key("gradient", sketched, self._layers_key(tasks))
+        passing, statistics = self._once(key, lambda: self._gradient_pass(sketched, tasks))
+        shapes = [
+            (
+                layer.module.out_features,
+                layer.module.in_features,
+                sketch_width(layer.rank) if sketched else None,
+            )
+            for layer in layers
+        ]
+        solving = max(linear_algebra.gradient_directions(*shape) for shape in shapes)
+        adapters = sum(
+            F32 * layer.rank * (layer.module.in_features + layer.module.out_features) for layer in layers
+        )
+        return self._sum(max(passing, statistics + solving + adapters), tasks=tasks)
+
+    def _gradient_pass(self, sketched: bool, tasks: int) -> tuple[int, int]:
+        """Measure a gradient pass: its peak, and what its statistics take of it."""
+        layers = self.layers
         with self._fake_model() as meter:
             bases = {
                 name: torch.zeros(layer.module.in_features, self.columns(layer, tasks))
@@ -175,21 +194,13 @@ class MemoryEstimate(Sizes):
             task, batch = self._task(), self._batch()
             with autocast(self.training, "cpu"), task.recomputing(self.training):
                 gradient_pass(task, self._modules(), [(batch, True)], 1, statistics)
-            passing = meter.peak - before
-        shapes = [
-            (
-                layer.module.out_features,
-                layer.module.in_features,
-                sketch_width(layer.rank) if sketched else None,
-            )
-            for layer in layers.values()
+            return meter.peak - before, statistics_bytes
+
+    def _layers_key(self, tasks: int) -> Any:
+        """Return what a pass's statistics, and bases after some tasks, depend on."""
+        return [
+            (name, layer.part, layer.rank, self.columns(layer, tasks)) for name, layer in self.layers.items()
         ]
-        solving = max(linear_algebra.gradient_directions(*shape) for shape in shapes)
-        adapters = sum(
-            F32 * layer.rank * (layer.module.in_features + layer.module.out_features)
-            for layer in layers.values()
-        )
-        return self._sum(max(passing, statistics_bytes + solving + adapters), tasks=tasks)
 
     @cached_property
     def _features(self) -> Peak:
@@ -199,7 +210,20 @@ class MemoryEstimate(Sizes):
             return self._sum(0, tasks=0)
         if self.subspaces.features_from_gradient:
             return self._gradient_peak(sketched=False)
-        layers, tasks = self.layers, len(self.work) - 1
+        tasks, kind = len(self.work) - 1, (self.subspaces.statistics, self.subspaces.every_position)
+        key = self._pass_key("features", kind, self._layers_key(tasks))
+        passing, statistics, rows, solving = self._once(key, lambda: self._feature_pass(tasks))
+        if self.cpu:
+            return self._sum(max(passing + rows, statistics + rows + solving), tasks=tasks)
+        return self._sum(max(passing, statistics + solving), tasks=tasks, host=rows)
+
+    def _feature_pass(self, tasks: int) -> tuple[int, int, int, int]:
+        """Measure a feature pass: its peak without sampled rows, its statistics, these rows, and solving.
+
+        Raises:
+            ConfigError: if `memory.statistics_gb` is too small for its statistics.
+        """
+        layers = self.layers
         with self._fake_model() as meter:
             bases = {
                 name: torch.zeros(layer.module.in_features, self.columns(layer, tasks))
@@ -249,9 +273,7 @@ class MemoryEstimate(Sizes):
             passing -= sum(sketch.sampled_bytes for sketch in sketches)
             precision = autocast_dtype(self.training) or self.dtype
             rows = sum(sketch.most_sampled_bytes(precision.itemsize) for sketch in sketches)
-        if self.cpu:
-            return self._sum(max(passing + rows, statistics_bytes + rows + solving), tasks=tasks)
-        return self._sum(max(passing, statistics_bytes + solving), tasks=tasks, host=rows)
+        return passing, statistics_bytes, rows, solving
 
     def _extension_bytes(self, layer: Layer, statistic: Any, tasks: int) -> int:
         """Return the bytes that computing a layer's new directions from its feature statistic takes."""
@@ -270,10 +292,14 @@ class MemoryEstimate(Sizes):
     def _prototypes(self) -> Peak:
         """Peak of taking the features of a task's examples, and of these once more as one matrix."""
         rows = F32 * self._feature_width * max(work.train for work in self.work)
-        with self._fake_model() as meter, torch.no_grad():
-            self._question_features(min(self.config.evaluation.batch_size, self.largest.train))
-            computing = meter.peak - self.model_bytes
-        tasks = len(self.work) - 1
+        size, tasks = min(self.config.evaluation.batch_size, self.largest.train), len(self.work) - 1
+
+        def measure() -> int:
+            with self._fake_model() as meter, torch.no_grad():
+                self._question_features(size)
+                return int(meter.peak - self.model_bytes)
+
+        computing = self._once(("question features", size), measure)
         if self.cpu:
             return self._sum(max(computing + rows, 2 * rows), tasks=tasks)
         return self._sum(computing, tasks=tasks, host=2 * rows)
@@ -298,18 +324,13 @@ class MemoryEstimate(Sizes):
     @cached_property
     def _train(self) -> Peak:
         """Peak of one optimiser step with Adam's states, and with gradients where these are accumulated."""
-        split, accumulated = (
-            self.sharding.stage is not None,
-            # A step on several tasks' data is one of several batches.
-            int(self.training.get("gradient_accumulation_steps", 1)) > 1 or self.method.mixes,
-        )
-        key = self._step_key(accumulated)
-        step = self._once(key, lambda: self._step(accumulated)) if key else self._step(accumulated)
+        step = self._measured_step
         training, numbers, size = step.bytes, step.numbers, step.size
-        if self.cpu:  # What is kept of earlier tasks is counted with the host's memory.
+        if self.cpu and not self.method.plain_step:
+            # What such a step holds of earlier tasks is counted with the host's memory.
             training -= self.state_bytes(len(self.work) - 1)
         host = 0
-        if split:
+        if self.sharding.stage is not None:
             states, host = self.sharding.states(numbers)
             # The rehearsal kept the gradients unsplit.
             training += states + self.sharding.gradients(numbers, size) - numbers * size
@@ -318,22 +339,24 @@ class MemoryEstimate(Sizes):
             training += numbers * size
         return self._sum(training, tasks=len(self.work) - 1, host=host + self._start_features)
 
-    def _step_key(self, accumulated: bool) -> Any:
-        """Return what a step depends on that differs between methods; None for one with a loss of its own."""
-        cls, tasks = type(self.method), len(self.work) - 1
-        if (
-            cls.loss is not Method.loss
-            or cls.training_context is not Method.training_context
-            or self.method.planned_state(self.layers, tasks) is not None
-        ):
-            return None
+    def _step_key(self) -> Any:
+        """Return what a step depends on that differs between methods; for a loss of its own, itself."""
+        if not self.method.plain_step:
+            return "step", id(self)
         adapters = [(name, i.rank, i.train_A, i.train_B) for name, i in self._inits().items()]
-        batch = (self.trained.name, self._batch_size(self.trained))
-        return repr(
-            ("step", adapters, [*self.changed.full], self.method.dropout, self.training, batch, accumulated)
-        )
+        rest = [*self.changed.full], self.method.dropout, self._adam_moments(), self._accumulates
+        return self._pass_key("step", adapters, *rest)
 
-    def _step(self, accumulated: bool) -> _Step:
+    @property
+    def _accumulates(self) -> bool:
+        """Whether a step has several batches, as one on several tasks' data has."""
+        return int(self.training.get("gradient_accumulation_steps", 1)) > 1 or self.method.mixes
+
+    @cached_property
+    def _measured_step(self) -> _Step:
+        return self._once(self._step_key(), self._step)
+
+    def _step(self) -> _Step:
         """Measure one step of training on fake tensors."""
         split = self.sharding.stage is not None
         with self._adapters(), self._fake_model() as meter:
@@ -352,7 +375,7 @@ class MemoryEstimate(Sizes):
                 for module in self.changed.full.values()
                 for p in module.parameters(recurse=False)
             ]
-            if accumulated and not split:
+            if self._accumulates and not split:
                 for p in parameters:
                     p.grad = torch.zeros_like(p)
             meter.peak = meter.live
@@ -373,8 +396,7 @@ class MemoryEstimate(Sizes):
     @cached_property
     def trainable(self) -> int:
         """How many numbers are trained in one task."""
-        with self._adapters():
-            return sum(p.numel() for p in self._trained_parameters())
+        return self._measured_step.numbers
 
     @cached_property
     def _evaluate(self) -> Peak:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_keeplora.adapters import AdapterInit, attach, detach
+from llava_keeplora.capture import autocast_dtype
 from llava_keeplora.config import MethodConfig, RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import Layer, TaskContext, find_layers
@@ -79,6 +80,18 @@ class Rehearsal:
             self.shared[key] = measure()
         return self.shared[key]
 
+    def _pass_key(self, *more: Any) -> Any:
+        """Return what a pass over a batch of training depends on that differs between methods.
+
+        Args:
+            more: whatever else it depends on.
+        """
+        training = self.training
+        names = "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"
+        kwargs = [training.get(name) for name in names]
+        batch = self.trained.name, self._batch_size(self.trained)
+        return repr((more, batch, autocast_dtype(training), recomputes(training), kwargs))
+
     def _trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that are trained; call it inside `_adapters`."""
         return [p for p in self.family.model.parameters() if p.requires_grad]
@@ -129,7 +142,7 @@ class Rehearsal:
         tasks = len(self.work) - 1
         state = self.method.planned_state(self.layers, tasks)
         task.train()
-        if state is None:
+        if state is None or self.method.plain_step:
             yield lambda batch: task(**batch)["loss"]
             return
         self.method.load_state_dicts([state])

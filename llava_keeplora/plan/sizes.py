@@ -81,8 +81,12 @@ class Sizes(Rehearsal):
     @cached_property
     def _feature_width(self) -> int:
         """Width of the features of which prototypes are made."""
-        with self._fake_model(), torch.no_grad():
-            return self._question_features(1).shape[1]
+
+        def measure() -> int:
+            with self._fake_model(), torch.no_grad():
+                return self._question_features(1).shape[1]
+
+        return self._once("feature width", measure)
 
     @cached_property
     def _start_features(self) -> int:

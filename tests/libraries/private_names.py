@@ -275,6 +275,11 @@ PRIVATE_NAMES = (
         "the same",
     ),
     PrivateName("torch.nn.Module._buffers", (_METER,), "the same"),
+    PrivateName(
+        "torch._C._DisableTorchDispatch",
+        (_METER,),
+        "a result that is known is made without asking for it again",
+    ),
     PrivateName("torch._subclasses.fake_tensor.FakeTensor", (_METER,), "shapes without memory"),
     PrivateName("torch._subclasses.fake_tensor.FakeTensorMode", (_METER,), "shapes without memory"),
     PrivateName(

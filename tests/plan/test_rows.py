@@ -7,28 +7,51 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.plan import describe, make_plan
 from llava_keeplora.plan.memory_estimate import MemoryEstimate
 
-#: The first three take the same step; `mixed` takes it in several batches, `ewc` has a loss of its own, and `wider` other adapters.
+#: The first five take the same step; the two that are asked or mix take it in several batches, `ewc` has a loss of its own, and `wider` and KeepLoRA
+#: have other adapters.
 ROWS = {
     "seq-lora": {},
     "mean": {"method": "merge"},
     "given": {"method": "task-lora", "routing": "oracle"},
+    "alone": {"method": "individual"},
+    "slower": {"method": "seq-lora", "training": {"learning_rate": 1e-5, "num_train_epochs": 2}},
     "mixed": {"method": "replay"},
+    "asked": {"method": "task-lora", "routing": "model"},
+    "nearest": {"method": "task-lora"},
+    "united": {"method": "merge", "rule": "condu"},
     "ewc": {},
     "wider": {"method": "seq-lora", "parts": {"language": {"rank": 8}}},
+    "keeplora": {},
+    "keeplora++": {},
+    "whole": {"method": "keeplora", "gradient": "dense"},
+}
+#: Measurement → the rows, by their methods, that it is made for; the others share it.
+MEASURED = {
+    "_step": ["seq-lora", "replay", "ewc", "seq-lora", "keeplora"],
+    "_gradient_pass": ["keeplora", "keeplora"],
+    "_feature_pass": ["keeplora"],
+    "_question_features": ["task-lora", "task-lora"],  # their width first
 }
 
 
-@pytest.mark.parametrize("gpus", [None, 1])
+@pytest.mark.parametrize("gpus", [pytest.param(None, marks=pytest.mark.slow), 1])
 def test_rows_share_what_they_have_in_common_and_their_figures_are_those_of_each_alone(
     wide_tree, monkeypatch, gpus
 ):
     def plan(rows):
         return make_plan(parse_config(wide_tree(methods=rows)), gpus, 80.0 if gpus else None)
 
-    steps, step = [], MemoryEstimate._step
-    monkeypatch.setattr(MemoryEstimate, "_step", lambda self, *a: steps.append(self.method) or step(self, *a))
+    made: dict[str, list[str]] = {name: [] for name in MEASURED}
+    for name, names in made.items():
+        measure = getattr(MemoryEstimate, name)
+
+        def noted(self, *args, names=names, measure=measure):
+            names.append(self.method.info.name)
+            return measure(self, *args)
+
+        monkeypatch.setattr(MemoryEstimate, name, noted)
     together = {method.label: method for method in plan(ROWS).methods}
-    assert [method.info.name for method in steps] == ["seq-lora", "replay", "ewc", "seq-lora"]
+    assert made == MEASURED
     for label, row in ROWS.items():
         assert together[label] == plan({label: row}).methods[0]
 
