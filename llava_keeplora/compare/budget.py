@@ -76,7 +76,9 @@ def _check_order(where: str, jobs: Mapping[str, Job], sizes: dict[Any, int]) -> 
     if len({_schedule(config, label) for label, config in configs.values()}) < 2:
         return
     counts = {name: trained_examples(config, label, sizes) for name, (label, config) in configs.items()}
-    usual = usual_budget(counts)
+    usual = usual_budget(
+        counts, [name for name, (label, config) in configs.items() if not _method(config, label).mixes]
+    )
     others = {name: count for name, count in counts.items() if other_budget(count, usual)}
     if others:
         most = next(row for row in counts if counts[row] == usual)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ NEEDS_COLUMNS = (
     "other passes per task",
     "needs",
 )
+#: Data of which a method trains on more than a task's own.
+OLD, GENERAL = "old examples", "general data"
+MIXED = {OLD, GENERAL}
 #: Files that later tasks need: a task's update, and the state of the method.
 KEPT_FILES = (DELTA, KEPT, STATE)
 #: Numbers of training examples that differ by a smaller share are the same budget.
@@ -111,9 +114,9 @@ def _read_inputs(entries: Sequence[Entry]) -> tuple[str, ...] | None:
     )
     inputs = {
         "task at test": closed[-1]["task_id_at_test"],
-        "old examples": old,
+        OLD: old,
         "reference data": any("reference" in info for info in plan),
-        "general data": any("general" in info for info in plan),
+        GENERAL: any("general" in info for info in plan),
     }
     return tuple(name for name, needed in inputs.items() if needed)
 
@@ -127,9 +130,16 @@ def _measured(results: Results) -> dict[str, list[Needs]]:
     return {name: needs for name, needs in measured.items() if needs}
 
 
-def usual_budget(counts: Mapping[str, float]) -> float:
-    """Return the number of training examples that most rows have; that of the first of several such."""
-    return Counter(counts.values()).most_common(1)[0][0]
+def usual_budget(counts: Mapping[str, float], own: Collection[str]) -> float:
+    """Return the number of training examples that most rows have; that of the first of several such.
+
+    Args:
+        counts: row → its number.
+        own: rows that train on each task's own data alone. Others count only where there are none of these,
+            so that a replay is the row that differs from them.
+    """
+    numbers = [count for row, count in counts.items() if row in own] or list(counts.values())
+    return Counter(numbers).most_common(1)[0][0]
 
 
 def other_budget(count: float, usual: float) -> bool:
@@ -145,7 +155,10 @@ def budget_factors(results: Results) -> dict[str, float]:
         if all(run.inputs is not None for run in needs)
         and (count := mean(run.examples for run in needs)) is not None
     }
-    usual = usual_budget(counts) if counts else 0
+    own = [
+        name for name in counts if not any(MIXED & set(run.inputs or ()) for run in _measured(results)[name])
+    ]
+    usual = usual_budget(counts, own) if counts else 0
     return {name: count / usual for name, count in counts.items() if usual and other_budget(count, usual)}
 
 

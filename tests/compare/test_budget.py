@@ -47,6 +47,8 @@ def test_bounds_have_the_budget_by_definition_and_replay_a_larger_one(make_table
     # With the second task's 24 examples, half as many of the first one's.
     replay = make_table(tmp_path / "table", methods={**methods, "replay": {"ratio": 0.5}})
     assert "'seq-lora' trains on 48 examples, but 'replay' on 60" in refused(replay)
+    first = make_table(tmp_path / "table", methods={"replay": {}, "seq-lora": {}})
+    assert "'seq-lora' trains on 48 examples, but 'replay' on 72" in refused(first)
 
 
 def test_what_a_run_will_see_is_counted_from_its_settings(run_config, tmp_path):

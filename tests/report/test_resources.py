@@ -100,3 +100,7 @@ def test_a_row_with_another_number_of_examples_than_most_has_its_factor(tmp_path
     assert cells == {"first": "160 (4.00 ×)", "a": "40", "b": "40", "open": "20"}
     assert needs_numbers(results)["b"] == [7, 1000, 0.5, 40, 1.0, 0, ""]
     assert budget_factors({name: results[name] for name in ("a", "b")}) == {}
+    # A replay is the row that differs, wherever it stands.
+    replayed = write_journal(tmp_path / "replay", [{"1": 20}, {"1": 20, "2": 20}])
+    replay = [Trial(Matrix(["a"], None, []), needs=replayed)]
+    assert budget_factors({"replay": replay, "a": results["a"]}) == {"replay": 1.5}
