@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 LATER_OPTIONS: dict[str, Any] = {"feature_rule": "energy", "plasticity": 20.0}
 #: Settings of methods whose default was another one in older versions → the default then and now.
 CHANGED_DEFAULTS: dict[str, Any] = {"gradient_fraction": (1.0, "auto"), "feature_fraction": (1.0, "auto")}
+#: Prefix of the settings with which `routing: model` trains a router. Older versions asked the untouched
+#: base, as a run with 0 examples does.
+ROUTER, ROUTER_EXAMPLES = "router_", "router_examples"
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
@@ -86,6 +89,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
             for key, value in method["options"].items()
             if key not in REFERENCE_PLACES and (key not in LATER_OPTIONS or value != LATER_OPTIONS[key])
         }
+        method["options"] = _without_idle_router(method["options"])
     # Defaults of settings that older versions did not have are left out, so that older runs keep their
     # identity.
     for section in (tree["evaluation"], *tree["methods"].values()):
@@ -144,8 +148,25 @@ def with_recorded_defaults(config: RunConfig) -> RunConfig:
             for key, (old, new) in CHANGED_DEFAULTS.items()
             if isinstance(options, dict) and options.get(key) == old and method.options.get(key) == new
         }
+        # Its present default is 20, and older versions trained no router.
+        if _asks_the_base(options) and method.options.get(ROUTER_EXAMPLES) == 20:
+            kept[ROUTER_EXAMPLES] = 0
         methods[label] = dataclasses.replace(method, options={**method.options, **kept})
     return dataclasses.replace(config, methods=methods)
+
+
+def _without_idle_router(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's settings without those of a router's training where a run trains none."""
+    if "routing" not in options or (options["routing"] == "model" and options.get(ROUTER_EXAMPLES)):
+        return options
+    return {key: value for key, value in options.items() if not key.startswith(ROUTER)}
+
+
+def _asks_the_base(options: Any) -> bool:
+    """Whether the settings that a run has recorded are of one that asks the untouched base for the task."""
+    return (
+        isinstance(options, dict) and options.get("routing") == "model" and not options.get(ROUTER_EXAMPLES)
+    )
 
 
 def _machine_independent(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,6 +323,8 @@ def read_identity(run: Path) -> dict[str, Any]:
         if isinstance(section, dict) and isinstance(section.get("training"), dict):
             for key, (default, _) in PER_TASK.items():
                 section["training"].setdefault(key, default)
+        if isinstance(section, dict) and isinstance(section.get("options"), dict):
+            section["options"] = _without_idle_router(section["options"])
     return identity
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llava_keeplora.run_folder import CONFIG, IDENTITY, dump_config
-from llava_keeplora.saved_run import run_identity, with_recorded_defaults
+from llava_keeplora.saved_run import read_identity, run_identity, with_recorded_defaults
 from llava_keeplora.sequence import passes
 
 IMAGES = 24
@@ -58,3 +58,30 @@ def test_a_run_that_was_begun_with_all_data_as_the_default_goes_on_with_all_data
     assert run_identity(kept) == run_identity(old)
     half = run_config(tmp_path / "run", methods={"keeplora": {"gradient_fraction": 0.5}})
     assert with_recorded_defaults(half).methods["keeplora"].options["gradient_fraction"] == 0.5
+
+
+@pytest.mark.parametrize("routing", ["prototypes", "oracle", "model"])
+def test_a_run_from_before_routers_were_trained_goes_on_without_one(run_config, tmp_path, routing):
+    def configured(**options):
+        methods = {"task-lora": {"routing": routing} | options}
+        return run_config(tmp_path / "run", methods=methods)
+
+    old = json.loads(json.dumps(run_identity(configured(router_examples=0))))
+    assert old["methods"]["task-lora"]["options"] == {"routing": routing}, "as older versions recorded it"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / CONFIG).write_text(dump_config(configured()))
+    (tmp_path / "run" / IDENTITY).write_text(json.dumps(old))
+    kept = with_recorded_defaults(configured())
+    assert run_identity(kept) == old == read_identity(tmp_path / "run")
+    assert kept.methods["task-lora"].options["router_examples"] == (0 if routing == "model" else 20)
+    other = run_identity(with_recorded_defaults(configured(router_examples=5)))
+    assert (other == old) == (routing != "model"), "an explicit number is a change where a router is trained"
+
+
+def test_settings_of_a_router_that_is_not_trained_may_be_recorded(run_config, tmp_path):
+    now = run_config(tmp_path / "run", methods={"task-lora": {}})
+    identity = run_identity(now)
+    identity["methods"]["task-lora"]["options"] |= {"router_examples": 20, "router_epochs": 40}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / IDENTITY).write_text(json.dumps(identity))
+    assert read_identity(tmp_path / "run") == run_identity(now)
