@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from llava_keeplora.deepspeed_ops import unheld_locks
 from llava_keeplora.errors import RunError, UserError
-from llava_keeplora.start.precision import cpu_multiplies_bfloat16
+from llava_keeplora.precision import cpu_multiplies_bfloat16
 from llava_keeplora_eval.java import METEOR, find_jar
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")

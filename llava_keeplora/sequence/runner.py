@@ -18,6 +18,7 @@ from llava_keeplora.guard import run_record
 from llava_keeplora.models import open_model
 from llava_keeplora.objects import Objects
 from llava_keeplora.plan import check_start
+from llava_keeplora.precision import slow_precision
 from llava_keeplora.report.run_report import report_is_current, write_run_report
 from llava_keeplora.run_folder import GUARD, RESULTS
 from llava_keeplora.saved_run import with_recorded_defaults
@@ -26,7 +27,6 @@ from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.run_context import RunContext
 from llava_keeplora.sequence.workspace import Workspace
 from llava_keeplora.start import Task, check_run, load_tasks
-from llava_keeplora.start.precision import slow_precision
 from llava_keeplora_eval import Matrix
 
 logger = logging.getLogger(__name__)

@@ -256,7 +256,7 @@ PRIVATE_NAMES = (
     # torch
     PrivateName(
         "torch.ops.mkldnn._is_mkldnn_bf16_supported",
-        ("llava_keeplora.start.precision",),
+        ("llava_keeplora.precision",),
         "whether products of bfloat16 matrices are fast on this CPU, by the rule that torch itself asks",
     ),
     PrivateName(

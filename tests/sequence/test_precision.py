@@ -4,10 +4,9 @@ import logging
 
 import pytest
 
-from llava_keeplora import cli
+from llava_keeplora import cli, precision
 from llava_keeplora.sequence.runner import opened
 from llava_keeplora.sequence.workspace import Workspace
-from llava_keeplora.start import precision
 
 SLOW = "no fast products of bfloat16 matrices on this CPU"
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from llava_keeplora.config import RunConfig
+if TYPE_CHECKING:
+    from llava_keeplora.config import RunConfig
 
 #: What `model.dtype` calls it.
 BFLOAT16 = "bfloat16"
