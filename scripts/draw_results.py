@@ -13,6 +13,7 @@ from llava_keeplora.compare import load_table
 from llava_keeplora.compare.run_table import Tried
 from llava_keeplora.compare.tradeoff import tradeoff_figure
 from llava_keeplora.report.figures import encode
+from llava_keeplora_eval.matrix import ZERO_SHOT
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -27,7 +28,7 @@ def tradeoff():
     labels = list(load_table("table-learned").methods)
     tuned, fast = read["tuned"]["I"], read["fast"]["I"]
     bounds = {label: row for label, row in tuned.items() if row["transfer_mean"] is None}
-    fast = {label: row for label, row in fast.items() if label in ("zero-shot", *labels)} | bounds
+    fast = {label: row for label, row in fast.items() if label in (ZERO_SHOT, *labels)} | bounds
     orders = {"order 1, tuned by Average, test": tuned, "order 1 at 2e-3, test": fast}
     return tradeoff_figure(labels, [Tried(**one) for one in read["tried"]], orders)
 

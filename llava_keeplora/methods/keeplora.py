@@ -62,7 +62,7 @@ from llava_keeplora.methods.keeplora_log import (
     log_gradient_estimates,
     warn_unreached_energy,
 )
-from llava_keeplora.methods.keeplora_options import check_options
+from llava_keeplora.methods.keeplora_options import check_options, distillation_of
 from llava_keeplora.methods.kept_features import FEATURES_COST, KeptFeatures
 from llava_keeplora.methods.layers import in_layer, unsure_layers
 from llava_keeplora.methods.presets import RULES, least_statistics
@@ -143,7 +143,7 @@ class KeepLora(KeptFeatures):
         )
         self.form = options.form or self.rules.form
         self.interpolation = options.interpolation or self.rules.interpolation
-        self.distillation = self.rules.distillation if options.distillation is None else options.distillation
+        self.distillation = distillation_of(options)
         self.keeps_features = bool(self.distillation)
         if self.keeps_features:
             training = self.stage_cost.get(Stage.TRAINED, 0.0) + FEATURES_COST

@@ -18,6 +18,11 @@ CHOICES = {
 }
 
 
+def distillation_of(options: Any) -> float:
+    """Return the weight of keeping image features: the setting, or the preset's where there is none."""
+    return RULES[options.preset].distillation if options.distillation is None else options.distillation
+
+
 def check_options(options: Any) -> None:
     """Check the settings of KeepLoRA against each other.
 
@@ -62,9 +67,7 @@ def check_options(options: Any) -> None:
             f"distillation must be 0 or a positive number (got {options.distillation})",
             "set it to 0 for none",
         )
-    rules, given = RULES[options.preset], options.distillation
-    distillation = rules.distillation if given is None else given
-    if distillation and (options.form or rules.form) == "literal":
+    if distillation_of(options) and (options.form or RULES[options.preset].form) == "literal":
         raise MethodError(
             "distillation takes the model at the task's start as teacher, from which the literal form "
             "does not start",

@@ -149,15 +149,14 @@ def other_budget(count: float, usual: float) -> bool:
 
 def budget_factors(results: Results) -> dict[str, float]:
     """Return name → examples trained on over those of most methods, for finished ones with another number."""
+    measured = _measured(results)
     counts = {
         name: count
-        for name, needs in _measured(results).items()
+        for name, needs in measured.items()
         if all(run.inputs is not None for run in needs)
         and (count := mean(run.examples for run in needs)) is not None
     }
-    own = [
-        name for name in counts if not any(MIXED & set(run.inputs or ()) for run in _measured(results)[name])
-    ]
+    own = [name for name in counts if not any(MIXED & set(run.inputs or ()) for run in measured[name])]
     usual = usual_budget(counts, own) if counts else 0
     return {name: count / usual for name, count in counts.items() if usual and other_budget(count, usual)}
 
