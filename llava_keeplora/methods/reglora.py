@@ -28,6 +28,8 @@ Legend: in / out features of a layer, k key elements.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +39,8 @@ from llava_keeplora.adapters import Delta
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Holding, Layer, MethodInfo, TaskContext
 from llava_keeplora.methods.penalised_lora import PenalisedLora
+
+logger = logging.getLogger(__name__)
 
 
 class RegLora(PenalisedLora):
@@ -70,6 +74,31 @@ class RegLora(PenalisedLora):
                 raise MethodError(
                     f"share must be above 0 and at most 1 (got {self.share})", "set it to 0.02, as published"
                 )
+
+    def check(self, layers: Mapping[str, Layer]) -> None:
+        """Check that the share leaves key elements to hold, and name the layers where it leaves none.
+
+        Raises:
+            MethodError: if no layer has one, since the method would be sequential LoRA.
+        """
+        entries = {name: m.module.out_features * m.module.in_features for name, m in layers.items()}
+        without = [name for name, layer in layers.items() if not self._count(layer)]
+        if not without:
+            return
+        if len(without) == len(entries):
+            largest = max(entries, key=lambda name: entries[name])
+            raise MethodError(
+                f"share {self.options.share:g} leaves no key element in any layer: the largest, {largest}, "
+                f"has {entries[largest]} entries",
+                f"set share to at least {-(-1e6 // entries[largest]) / 1e6:g}, or to 0.02, as published",
+            )
+        logger.warning(
+            "reglora: share %g leaves no key element in %d of %d layers, whose updates are not held: %s",
+            self.options.share,
+            len(without),
+            len(entries),
+            ", ".join(without),
+        )
 
     def measure(self, ctx: TaskContext) -> dict[str, Tensor]:
         """Return the positions of every layer's key elements in its flattened update, in ascending order."""

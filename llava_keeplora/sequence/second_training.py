@@ -97,7 +97,7 @@ def _trainer(
     )
     step_cost = GRADIENT_COST * len(mixture.sources) / max(1, len(mixture.sizes))
     return TaskTrainer(
-        method=Method(None),
+        method=Method(Method.Options()),
         ctx=ctx,
         on_step=functools.partial(context.progress.advance, step_cost),
         rates={},

@@ -226,6 +226,24 @@ def test_a_layer_of_fewer_entries_than_have_a_key_element_keeps_none():
     assert method.planned_state(of, 3)["second"].shape == (3,)
 
 
+def test_a_share_of_key_elements_is_refused_if_no_layer_has_one_and_layers_without_are_named(caplog):
+    RegLora(RegLora.Options()).check(layers())
+    assert (
+        "share 0.02 leaves no key element in 1 of 2 layers, whose updates are not held: first" in caplog.text
+    )
+    with pytest.raises(
+        MethodError, match="no layer|in any layer: the largest, second, has 50 entries; .*0.02"
+    ) as e:
+        RegLora(RegLora.Options(share=0.01)).check(layers())
+    least = float(str(e.value).split("at least ")[1].split(",")[0])
+    caplog.clear()
+    RegLora(RegLora.Options(share=least)).check(layers())
+    assert "in 1 of 2 layers" in caplog.text
+    caplog.clear()
+    RegLora(RegLora.Options(share=0.2)).check(layers())
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(
     ("cls", "options", "words"),
     [
