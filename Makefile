@@ -9,7 +9,9 @@ READY := $(VENV)/.ready
 setup: $(READY)
 
 # Without compilation, which would take a minute or two: of most modules the byte code is never needed, and Python writes that of
-# the others when they are first imported.
+# the others when they are first imported. It must be let to: without byte code every process of the suite takes three times as
+# long to start.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 
 $(READY): pyproject.toml constraints.txt
