@@ -40,10 +40,13 @@ def pytest_configure(config) -> None:
         gc.enable()
         return  # The workers run the tests; this process runs none and needs no library.
     import torch
+    from transformers import PreTrainedConfig
 
     from llava_keeplora.bitsandbytes_import import import_bitsandbytes
 
     import_bitsandbytes()
+    # transformers writes every configuration out for a log line that nobody reads, a twentieth of the suite's time.
+    PreTrainedConfig.__repr__ = object.__repr__
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

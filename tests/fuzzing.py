@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llava_keeplora.errors import UserError
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,

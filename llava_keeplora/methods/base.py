@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas
-from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.answer_context import AnswerContext
 from llava_keeplora.methods.holding import Holding
-from llava_keeplora.methods.info import MethodInfo
+from llava_keeplora.methods.info import MethodInfo, check_finite
 from llava_keeplora.methods.mixture import Mixture
 from llava_keeplora.methods.reference import Reference
 from llava_keeplora.run_folder import Capacity
@@ -234,14 +232,7 @@ class Method:
         """The method's own settings."""
 
     def __init__(self, options: Any):
-        for setting in fields(options):
-            value = getattr(options, setting.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise MethodError(
-                    f"{setting.name} of {self.info.name} must be finite (got {value})",
-                    f"its default is {setting.default}",
-                )
-        self.options = options
+        self.options = check_finite(options)
 
     @property
     def mergeable(self) -> bool:

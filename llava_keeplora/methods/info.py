@@ -1,8 +1,27 @@
-"""Description of a method for lists and tables."""
+"""Description of a method for lists and tables, and what holds for the settings of all methods."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from llava_keeplora.errors import MethodError
+
+
+def check_finite(options: Any) -> Any:
+    """Return a method's settings.
+
+    Raises:
+        MethodError: one of them is not finite.
+    """
+    for setting in fields(options):
+        value = getattr(options, setting.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise MethodError(
+                f"{setting.name} must be finite (got {value})", f"its default is {setting.default}"
+            )
+    return options
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def _method_plan(
         stages,
         estimate.trainable,
         estimate.delta_numbers,
-        F32 * estimate.delta_numbers + adapters + growth + estimate.state_bytes(1) + answers,
+        F32 * estimate.delta_numbers + adapters + growth + estimate.state_growth + answers,
         estimate.bases(0) + answers,
         tuple(estimate.method.budget(index, budgets).steps for index in range(1, len(work) + 1)),
         _unsure_rank(estimate.layers.values()) if estimate.protects_weights else "",

@@ -78,6 +78,12 @@ class Sizes(Rehearsal):
             if self.method.keeps_prototypes
         )
 
+    @property
+    def state_growth(self) -> int:
+        """Most bytes that a task adds to it: the first, or the second, from which on a router is trained."""
+        first = self.state_bytes(1)
+        return max(first, self.state_bytes(min(2, len(self.work))) - first)
+
     @cached_property
     def _feature_width(self) -> int:
         """Width of the features of which prototypes are made."""

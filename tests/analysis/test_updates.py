@@ -48,6 +48,7 @@ def share(change, *bases):
     )
 
 
+@pytest.mark.slow
 def test_the_shares_of_sequential_lora_are_those_of_the_dense_update_in_the_weights_svd(
     run, found, tiny_clip
 ):

@@ -23,8 +23,8 @@ BIN = Path(sys.executable).parent
     ("redirection", "code", "err"),
     [
         ("| head -1; exit ${PIPESTATUS[0]}", 0, ""),
-        (">&-", 0, ""),
-        (">&- 2>&-", 0, ""),
+        pytest.param(">&-", 0, "", marks=pytest.mark.slow),
+        pytest.param(">&- 2>&-", 0, "", marks=pytest.mark.slow),
         (">/dev/full", 2, "error: there is no room for a file"),
     ],
 )

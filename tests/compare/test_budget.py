@@ -114,7 +114,14 @@ def test_other_budget_lists_methods_of_the_table():
 BENCHMARKS = ["mtil-order1", "mtil-order2", "ucit", "mllm-dcl", "coin", "mllm-acl"]
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mtil-order1",
+        "coin",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in BENCHMARKS if n not in ("mtil-order1", "coin")),
+    ],
+)
 def test_a_shipped_benchmark_starts_as_a_table(name, monkeypatch):
     def published(config, sizes):
         recipes = load_recipes(config.tasks)

@@ -207,6 +207,7 @@ def test_of_some_methods_only_theirs_are_run_and_the_table_keeps_what_the_others
     assert compare(other, labels=["seq-lora"]).results["I"].keys() == {"zero-shot", "seq-lora"}
 
 
+@pytest.mark.slow
 def test_settings_of_bounds_are_chosen_by_last_their_only_number(make_table, tmp_path, started):
     rates = [{"training": {"learning_rate": rate}} for rate in (1e-9, 0.02)]
     bounds = {"individual": {}, "joint": {}}

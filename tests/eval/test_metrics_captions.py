@@ -164,6 +164,7 @@ def test_the_published_example_holds_to_five_places(no_java):
     assert "meteor" not in scores and scores["tokenizer"] == "python"
 
 
+@pytest.mark.slow
 @installed
 @with_meteor
 def test_the_published_example_holds_with_java_and_meteor():

@@ -128,6 +128,7 @@ def test_a_recipe_that_extends_another_is_written_out_whole(facts, tmp_path):
     assert not str(kept.source.get("path", "")).startswith("/")
 
 
+@pytest.mark.slow
 def test_a_state_is_loaded_again_by_a_fresh_process(finished, tmp_path):
     done = export_run(finished("clip"), "state", tmp_path / "state", base_id="you/tiny-base")
     assert done.reloaded.largest < 1e-5 and done.own.largest < 1e-5 and done.adapter is None

@@ -51,6 +51,7 @@ def weights(run: Path) -> dict[Path, bytes]:
     return {path.relative_to(run): path.read_bytes() for path in sorted(run.rglob("*.safetensors"))}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_after_every_stage_ends_with_the_same_weights(
     home, finished, stopped_run, tmp_path
 ):

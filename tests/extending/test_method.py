@@ -80,6 +80,7 @@ def test_it_learns_something_else_than_lora_without_a_penalty(home, finished, dr
     assert first.read_bytes() == others[0].read_bytes() and second.read_bytes() != others[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_after_every_stage_ends_with_the_same_weights(
     home, finished, stopped_run, tmp_path
 ):

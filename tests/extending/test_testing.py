@@ -104,6 +104,7 @@ def small(tmp_path_factory):
     return small_run(tmp_path_factory.mktemp("small"))
 
 
+@pytest.mark.slow
 def test_a_method_that_keeps_the_contract_passes(small):
     check_method(Counting, run=small)
 
@@ -115,7 +116,14 @@ def test_the_example_of_a_method_passes():
 @pytest.mark.parametrize(
     ("method", "check", "sentence"),
     [
-        (UpdatesOnlyWhenLoaded, "resuming_stages", "ends otherwise when it is stopped.*load_state_dicts"),
+        pytest.param(
+            *(
+                UpdatesOnlyWhenLoaded,
+                "resuming_stages",
+                "ends otherwise when it is stopped.*load_state_dicts",
+            ),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *(ResumesOtherwise, "resuming_stages", "ends otherwise when it is stopped.*load_state_dicts"),
             marks=pytest.mark.slow,

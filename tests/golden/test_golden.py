@@ -153,7 +153,12 @@ def assert_same_numbers(expected: Path, seen: Path, label: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "label"), [(family, label) for family, labels in RUNS.items() for label in labels]
+    ("family", "label"),
+    [
+        pytest.param(family, label, marks=[pytest.mark.slow] * (family != "clip"))
+        for family, labels in RUNS.items()
+        for label in labels
+    ],
 )
 def test_a_run_ends_with_the_numbers_of_the_release(release, fresh, family, label):
     assert_same_numbers(release / f"run-{family}", fresh(family), label)

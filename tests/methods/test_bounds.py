@@ -162,6 +162,7 @@ def test_individual_exports_as_a_set_with_an_adapter_per_task_alone(finished):
             export_run(finished, form, label="individual")
 
 
+@pytest.mark.slow
 def test_a_report_draws_a_bound_as_a_row_of_its_own_and_a_level_line(finished):
     write_run_report(finished)
     page, table = (finished / "report.html").read_text(), (finished / "table.md").read_text()

@@ -81,6 +81,7 @@ def chosen(finished):
     return found
 
 
+@pytest.mark.slow
 def test_a_trained_router_names_more_held_out_examples_right_than_the_untouched_base(chosen):
     right = [sum(named[i].count(task) for task, named in chosen.items()) for i in range(3)]
     assert right[0] >= 14 and right[1] <= 8, "of 16"

@@ -159,6 +159,7 @@ def test_the_router_that_a_model_is_trained_to_be_is_kept_once_and_none_before_t
     trained, given = estimates["trained"], estimates["given"]
     numbers = sum(4 * layer.rank * sum(layer.module.weight.shape) for layer in trained.layers.values())
     assert [trained.state_bytes(tasks) for tasks in (1, 2, 3)] == [0, numbers, numbers]
+    assert trained.state_growth == numbers, "what a task stores from the second one on"
     assert trained.stages == given.stages
 
 

@@ -34,7 +34,8 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize("gpus", [pytest.param(None, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [None, 1])
 def test_rows_share_what_they_have_in_common_and_their_figures_are_those_of_each_alone(
     wide_tree, monkeypatch, gpus
 ):

@@ -49,7 +49,7 @@ def one_task(build, tiny, tmp_path, name, training):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("method", ["seq-lora", "keeplora"])
+@pytest.mark.parametrize("method", [pytest.param("seq-lora", marks=pytest.mark.slow), "keeplora"])
 def test_training_goes_on_from_the_last_checkpoint_bit_for_bit(
     run_config,
     drive,

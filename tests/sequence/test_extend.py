@@ -48,6 +48,7 @@ def test_an_extension_appends_to_the_journal_and_learns_nothing_twice(copied, dr
     assert added == [(0, "PLANNED"), (0, "EVALUATED"), (1, "EVALUATED"), (2, "EVALUATED"), *third]
 
 
+@pytest.mark.slow
 def test_a_run_on_llava_is_extended_alike(llava_tree, mixed_tasks, driven, outcome, tmp_path):
     captions, corners = map(str, mixed_tasks[1:])
     whole = driven(parse_config(llava_tree(tmp_path / "whole", tasks=[captions, corners])))
@@ -63,7 +64,8 @@ def test_a_task_appended_in_the_configuration_extends_the_run_too(
     assert outcome(copied) == outcome(three_tasks_run)
 
 
-@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
 def test_an_extension_stopped_at_every_stage_ends_with_the_same_files(
     copied, three_tasks_run, drive, outcome, stopped, stop_at_every_stage, tiny_tasks, when
 ):

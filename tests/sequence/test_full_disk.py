@@ -34,7 +34,13 @@ def config(run_config, tiny_tasks, tmp_path, two_tasks_run):
 SIZES = [(300, False), (2500, False), (1270, True), (1400, True), (5000, True), (12000, True)]
 
 
-@pytest.mark.parametrize(("size", "claimed"), SIZES)
+@pytest.mark.parametrize(
+    ("size", "claimed"),
+    [
+        *SIZES[1:4:2],
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (*SIZES[:1], *SIZES[2:3], *SIZES[4:])),
+    ],
+)
 def test_a_full_disk_is_one_sentence_and_a_start_with_room_ends_with_the_same_files(
     config, drive, two_tasks_run, left_behind, size, claimed
 ):

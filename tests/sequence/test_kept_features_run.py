@@ -71,7 +71,7 @@ def test_the_losses_are_those_of_a_pass_in_every_step(config, drive, losses, mon
     assert other_passes(tmp_path / "each") == 2 * [{"forward": 48}]
 
 
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize("step", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_killed_within_training_ends_bit_for_bit_as_in_one_go(
     config, drive, run_to_the_end, stop_within_training, left_behind, tmp_path, step
 ):

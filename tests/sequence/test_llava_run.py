@@ -96,7 +96,8 @@ def test_layers_past_the_feature_layer_are_counted_in_the_journal(run):
     assert len(report["unreachable"]) == 4 and all(".layers.1." in name for name in report["unreachable"])
 
 
-@pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 3])
 def test_a_run_stopped_within_training_ends_with_the_same_files(
     llava_config, run_to_the_end, stop_within_training, tmp_path, run, left_behind, step
 ):

@@ -180,7 +180,7 @@ def watched(llava_tree, driven, tmp_path_factory):
     return watch
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_run_learns_every_task_on_a_quantised_base_and_never_writes_into_it(kind, watched):
     run, seen = watched(kind)
     assert len(json.loads((run / "keeplora/matrix.json").read_text())["rows"]) == 3
@@ -192,7 +192,8 @@ def test_a_run_learns_every_task_on_a_quantised_base_and_never_writes_into_it(ki
     assert any(float(delta.dense().norm()) > 0 for delta in deltas.values())
 
 
-@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_run_on_a_quantised_base_that_is_stopped_in_training_ends_with_the_same_files(
     kind, quantised_run, watched, run_to_the_end, stop_within_training, left_behind, tmp_path
 ):

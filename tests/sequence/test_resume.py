@@ -46,7 +46,7 @@ def test_a_run_stopped_at_every_stage_ends_with_the_same_files(
     assert len(methods) == 1 or found == whole
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_stopped_within_training_ends_with_the_same_files(
     run_config, run_to_the_end, stop_within_training, tmp_path, three_tasks_run, left_behind, step
 ):

@@ -168,6 +168,7 @@ def stride(request):
     return lambda n: n if request.param == "some" else 1
 
 
+@pytest.mark.slow
 def test_a_killed_fork_is_whole_or_not_there_and_the_same_command_goes_on(
     deadly, two_tasks_run, tmp_path, stride
 ):
@@ -191,6 +192,7 @@ def state(two_tasks_run, tmp_path_factory):
     return into
 
 
+@pytest.mark.slow
 def test_a_killed_import_is_whole_or_not_there_and_the_same_command_goes_on(
     deadly, state, tiny_clip, tmp_path, stride
 ):
@@ -216,6 +218,7 @@ def test_a_killed_export_is_whole_or_not_there_and_the_same_command_goes_on(
     )
 
 
+@pytest.mark.slow
 def test_a_killed_export_of_a_set_is_whole_or_not_there_and_the_same_command_goes_on(
     deadly, two_tasks_run, tmp_path, monkeypatch, stride
 ):
