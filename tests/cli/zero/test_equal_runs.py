@@ -120,6 +120,27 @@ DRAWING = {"moe-adapters": {"experts": 4}, "iap": {}}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, "zero-2"])
+def test_a_router_that_two_processes_train_is_that_of_one(stage, trees, driven, in_two, tmp_path):
+    router = {"examples": 4, "epochs": 3, "learning_rate": 1e-3, "rank": 3, "batch_size": 4}
+    row = {"method": "task-lora", "routing": "model"} | {
+        f"router_{key}": value for key, value in router.items()
+    }
+    tree = first_tasks(trees["llava"](methods={"asked": row}), 2)
+    driven(parse_config(tree | {"output_dir": str(tmp_path / "one")}))
+    code, err = in_two(tree, ZERO.get(stage))
+    assert code == 0, err
+    one, two = (
+        load_file(*(tmp_path / run / "asked").glob("task-02-*/state.safetensors")) for run in ("one", "two")
+    )
+    assert one["router.examples"].equal(two["router.examples"])
+    names = [key[:-2] for key in one if key.endswith(".B")]
+    assert names and all(one[f"{name}.B"].any() for name in names)
+    updates = [torch.cat([(x[f"{name}.B"] @ x[f"{name}.A"]).flatten() for name in names]) for x in (one, two)]
+    assert float((updates[0] - updates[1]).norm() / updates[0].norm()) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, "zero-1", "zero-2"])
 def test_every_other_method_ends_in_two_processes_as_in_one(
     stage, run_tree, tiny_clip, tiny_tasks, driven, in_two, tmp_path
