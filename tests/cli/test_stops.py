@@ -11,7 +11,7 @@ def wait_for(path, text, process, start=0):
     """Wait until a file says something after its first `start` characters."""
     while not (path.exists() and text in path.read_text()[start:]):
         assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(
@@ -28,7 +28,7 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(
         wait_for(journal, moment, process, start=before)
         process.send_signal(number)
         _, err = process.communicate()
-        assert process.returncode == code
+        assert process.returncode == code, err
         assert (
             err.splitlines()[-1] == "stopped; every finished stage is kept, run the same command to go on"
             and "Traceback" not in err
