@@ -24,6 +24,8 @@ Differences:
   and F are in fp16, its adapters in bf16; here all are in fp32.
 - As there, with s ≠ 0 at the start a task does not begin with the last task's model.
 - DeepSpeed would split U and V over processes and is refused.
+- `protect_weights` and `distillation`, KeepLoRA's W_p and the term of its preset `balanced`, are no part of
+  it; they are off by default.
 
 Legend: in / out features of a layer, r rank, k columns of F.
 """
@@ -43,6 +45,7 @@ from llava_keeplora.adapters import (
     AdapterInit,
     Delta,
     Deltas,
+    dense_weight,
     insert_between,
     lora_layers,
     read_adapters,
@@ -52,11 +55,11 @@ from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.base import Holding, Layer, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.methods.gradient_init import first_step_directions, gradient_statistic
 from llava_keeplora.methods.keeplora_plus_plus import block_factors
+from llava_keeplora.methods.kept_features import FEATURES_COST, KeptFeatures
 from llava_keeplora.methods.layers import in_layer
-from llava_keeplora.methods.protecting import ProtectingMethod
 from llava_keeplora.methods.stiefel import Frame, StiefelAdamW
 from llava_keeplora.run_folder import Stage
-from llava_keeplora.subspace import append_directions, feature_directions
+from llava_keeplora.subspace import append_directions, feature_directions, principal_basis
 
 #: The width, or rank, at which a step is as long as AdamW's; LLaVA-1.5-7B's width.
 REFERENCE = 4096.0
@@ -75,7 +78,7 @@ class Scale(nn.Module):
         return self.weight * x
 
 
-class EbLora(ProtectingMethod):
+class EbLora(KeptFeatures):
     """EBLoRA as `methods/eblora.py` describes it."""
 
     info = MethodInfo(
@@ -100,6 +103,9 @@ class EbLora(ProtectingMethod):
                 number of a matrix, relative to 4096.
             gradient_fraction: fraction of the task's data for gradients, evenly spaced.
             dropout: share of the adapter's input that is dropped while training.
+            protect_weights: whether F holds W_p as well, KeepLoRA's principal directions of the weights.
+            distillation: λ, the weight of keeping the task's image features near those of its start, on a
+                model of two encoders (`kept_features.py`); 0 for none.
         """
 
         scale_start: float = 0.0
@@ -107,6 +113,8 @@ class EbLora(ProtectingMethod):
         step_scale: str = "rank"
         gradient_fraction: float = 0.2
         dropout: float = 0.05
+        protect_weights: bool = False
+        distillation: float = 0.0
 
         def __post_init__(self) -> None:
             if self.step_scale not in STEP_SCALES:
@@ -123,14 +131,22 @@ class EbLora(ProtectingMethod):
                 raise MethodError(
                     f"dropout must be in [0, 1) (got {self.dropout})", "set it to 0 for no dropout"
                 )
+            if not self.distillation >= 0.0:
+                raise MethodError(
+                    f"distillation must not be negative (got {self.distillation})", "set it to 0 for none"
+                )
 
     def __init__(self, options: "EbLora.Options"):
         super().__init__(options)
         self.dropout = options.dropout
+        self.distillation = options.distillation
+        self.keeps_features = bool(self.distillation)
+        if self.keeps_features:
+            self.stage_cost = self.stage_cost | {Stage.TRAINED: FEATURES_COST}
         self._model: nn.Module | None = None
 
     def check(self, layers: Mapping[str, Layer]) -> None:
-        """Check that ε_f is a number.
+        """Check that ε_f is a number, and ε_w where F holds W_p.
 
         Raises:
             MethodError: naming the part.
@@ -142,11 +158,17 @@ class EbLora(ProtectingMethod):
                     "extends its subspace by gradients",
                     "set a number; the published one is 0.99",
                 )
+            if self.options.protect_weights and "energy_weight" in layer.auto:
+                raise MethodError(
+                    f"parts.{layer.part}.energy_weight is 'auto', which KeepLoRA alone chooses, but "
+                    "EBLoRA protects the weights as well",
+                    "set a number, or protect_weights to false",
+                )
 
     def subspace_plan(self) -> SubspacePlan:
         """Return what the memory estimate needs to know; see `SubspacePlan`."""
         return SubspacePlan(
-            protects_weights=False,
+            protects_weights=self.options.protect_weights,
             protects_features=True,
             sketched=False,
             may_sketch=False,
@@ -203,6 +225,7 @@ class EbLora(ProtectingMethod):
         """Put s between A and B of every layer."""
         starts = self._scale_starts(ctx.layers)
         with ExitStack() as stack:
+            stack.enter_context(super().training_context(ctx, model))
             for name, layer in lora_layers(model).items():
                 scale = Scale(starts[name], layer.lora_A[ADAPTER].weight)
                 stack.enter_context(insert_between(layer, scale))
@@ -246,8 +269,14 @@ class EbLora(ProtectingMethod):
         return trained
 
     def after_task(self, ctx: TaskContext) -> None:
-        """Extend F by the task's gradient; on the base, F is empty."""
+        """Extend F by the task's gradient; on the base, F is empty, or W_p."""
         self._added, energies = {}, ctx.report.setdefault("gradient_energy", {})
+        if not ctx.index and self.options.protect_weights:
+            for name, layer in ctx.layers.items():
+                weight = dense_weight(layer.module).detach()
+                with in_layer(layer):
+                    self._added[name] = principal_basis(weight, layer.energy_weight).basis.cpu()
+            self.bases = dict(self._added)
         if ctx.index:
             gradients = {
                 name: gradient_statistic(layer, self.basis(layer), None, ctx.seed)
@@ -274,7 +303,7 @@ class EbLora(ProtectingMethod):
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """Return the columns of F in a task's state; the base has none."""
-        layers = ctx.layers if ctx.index else {}
+        layers = ctx.layers if ctx.index or self.options.protect_weights else {}
         return {
             name: Holding((layer.module.in_features, None), (name,), required=False)
             for name, layer in layers.items()

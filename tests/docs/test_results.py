@@ -24,8 +24,14 @@ LEARNED, LLAVA = (
     RESULTS.split(f"\n## {family} where tasks are learned\n")[1].split("\n## ")[0]
     for family in ("CLIP", "LLaVA")
 )
-#: Rows that are no methods of the plot: a part of `balanced` left out, and one seed in another precision.
-UNDRAWN = {"unprotected", "keeplora in fp32"}
+#: Rows that are no methods of the plot: variants of methods, and one seed in another precision.
+UNDRAWN = {
+    "unprotected",
+    "keeplora in fp32",
+    "keeplora, random A",
+    "eblora, distillation 10",
+    "balanced, random A",
+}
 NAMES = {"Transfer": "transfer", "Average": "average", "Last": "last", "Forgetting": "forgetting"}
 
 

@@ -107,6 +107,29 @@ def test_u_and_v_are_those_of_the_gradient_outside_f_and_f_grows_by_the_energy_r
     assert torch.equal(again.bases[part.name], method.bases[part.name])
 
 
+def test_with_protected_weights_f_begins_with_the_weights_principal_directions():
+    part, method = layer(), EbLora(EbLora.Options(protect_weights=True))
+    method.after_task(context(part, None, index=0))
+    S, Vh = torch.linalg.svd(part.module.weight.detach().double())[1:]
+    k = int((S.square().cumsum(0) / S.square().sum() < 0.5).sum()) + 1
+    W = method.bases[part.name].double()
+    torch.testing.assert_close(W @ W.T, Vh[:k].T @ Vh[:k], atol=1e-5, rtol=0)
+    states = [method.state_dict()]
+    gradient = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1))
+    method.after_task(context(part, gradient))
+    F = method.bases[part.name].double()
+    torch.testing.assert_close(F.T @ F, torch.eye(F.shape[1], dtype=torch.float64), atol=1e-6, rtol=0)
+    assert torch.equal(F[:, :k], W) and F.shape[1] > k
+    init = method.init_adapters(context(part, gradient, 2))[part.name]
+    assert float((init.A.double() @ F).abs().max()) < 1e-6
+    again = EbLora(EbLora.Options(protect_weights=True))
+    again.load_state_dicts([*states, method.state_dict()])
+    assert torch.equal(again.bases[part.name].double(), F)
+    assert method.holds(context(part, None, index=0), ()) and not EbLora(EbLora.Options()).holds(
+        context(part, None, index=0), ()
+    )
+
+
 def test_the_update_has_equal_singular_values_and_merges_exactly():
     part, method = layer(), EbLora(EbLora.Options(dropout=0.0, scale_start=0.002, scale_slope=0.006))
     ctx = context(part, torch.randn(OUT, IN))
@@ -137,11 +160,20 @@ def test_s_starts_lower_in_later_blocks():
 
 
 def test_wrong_settings_are_refused(run_tree, tmp_path):
-    for options in ({"step_scale": "root"}, {"gradient_fraction": 0.0}, {"dropout": 1.0}):
+    for options in (
+        {"step_scale": "root"},
+        {"gradient_fraction": 0.0},
+        {"dropout": 1.0},
+        {"distillation": -1.0},
+    ):
         with pytest.raises(MethodError, match=next(iter(options))):
             EbLora.Options(**options)
     with pytest.raises(MethodError, match="energy_feature is 'auto'"):
         EbLora(EbLora.Options()).check({"q": layer(auto=("energy_feature",))})
+    auto = {"q": layer(auto=("energy_weight",))}
+    EbLora(EbLora.Options()).check(auto)
+    with pytest.raises(MethodError, match="energy_weight is 'auto'.*protect_weights to false"):
+        EbLora(EbLora.Options(protect_weights=True)).check(auto)
     for training, why in (
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "needs whole matrices.*without DeepSpeed"),
         ({"optim": "sgd"}, "training.optim is sgd; remove it"),

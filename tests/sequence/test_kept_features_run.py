@@ -16,7 +16,8 @@ def config(run_config, tiny_tasks):
     """Function (folder, epochs, training arguments, settings of the method) → a run of it on two tasks."""
 
     def build(folder, epochs=2, training=None, **settings):
-        methods = {"balanced": {"method": "keeplora", "preset": "balanced", **settings}}
+        row = {"method": "keeplora", "preset": "balanced"} if "method" not in settings else {}
+        methods = {"balanced": row | settings}
         training = {"num_train_epochs": epochs} | (training or {})
         return run_config(folder, methods=methods, tasks=[str(t) for t in tiny_tasks[:2]], training=training)
 
@@ -43,8 +44,11 @@ def other_passes(folder):
     return [entry["info"].get("passes", {}) for entry in entries if entry["stage"] == "TRAINED"]
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"method": "eblora", "distillation": 10.0}], ids=["keeplora", "eblora"]
+)
 def test_features_that_are_looked_up_are_those_of_a_pass_in_every_step(
-    config, drive, losses, monkeypatch, tmp_path
+    config, drive, losses, monkeypatch, tmp_path, settings
 ):
     output, farthest = TaskStart.output, []
 
@@ -55,7 +59,7 @@ def test_features_that_are_looked_up_are_those_of_a_pass_in_every_step(
         return looked_up
 
     monkeypatch.setattr(TaskStart, "output", compare)
-    drive(config(tmp_path / "once"))
+    drive(config(tmp_path / "once", **settings))
     assert len(farthest) == len(losses) == 2 * 6 and max(farthest) < 1e-6
 
 
