@@ -22,6 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 _writing = 0
 _pending: int | None = None
+_raised: int | None = None
 
 
 def interrupt(number: int, frame: object) -> None:
@@ -30,10 +31,11 @@ def interrupt(number: int, frame: object) -> None:
     Raises:
         Interrupted: outside of `finishing`.
     """
-    global _pending
+    global _pending, _raised
     if _writing:
         _pending = number
     else:
+        _raised = number
         raise Interrupted(number)
 
 
@@ -61,10 +63,21 @@ def finishing() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Handle Ctrl-C and SIGTERM by `interrupt` while a block runs; call it in the main thread."""
+    """Handle Ctrl-C and SIGTERM by `interrupt` while a block runs; call it in the main thread.
+
+    Raises:
+        Interrupted: also where a library that was interrupted in compiled code ended with an error of its
+            own, as safetensors does while it reads a tensor.
+    """
+    global _raised
+    _raised = None
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except Exception as error:
+        if _raised is None:
+            raise
+        raise Interrupted(_raised) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
