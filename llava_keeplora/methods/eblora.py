@@ -55,7 +55,7 @@ from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.base import Holding, Layer, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.methods.gradient_init import first_step_directions, gradient_statistic
 from llava_keeplora.methods.keeplora_plus_plus import block_factors
-from llava_keeplora.methods.kept_features import FEATURES_COST, KeptFeatures
+from llava_keeplora.methods.kept_features import KeptFeatures
 from llava_keeplora.methods.layers import in_layer
 from llava_keeplora.methods.stiefel import Frame, StiefelAdamW
 from llava_keeplora.run_folder import Stage
@@ -139,10 +139,7 @@ class EbLora(KeptFeatures):
     def __init__(self, options: "EbLora.Options"):
         super().__init__(options)
         self.dropout = options.dropout
-        self.distillation = options.distillation
-        self.keeps_features = bool(self.distillation)
-        if self.keeps_features:
-            self.stage_cost = self.stage_cost | {Stage.TRAINED: FEATURES_COST}
+        self.keep_features(options.distillation)
         self._model: nn.Module | None = None
 
     def check(self, layers: Mapping[str, Layer]) -> None:
@@ -302,7 +299,7 @@ class EbLora(KeptFeatures):
         self.report_capacity(ctx)
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
-        """Return the columns of F in a task's state; the base has none."""
+        """Return the columns of F in a task's state; the base has none without `protect_weights`."""
         layers = ctx.layers if ctx.index or self.options.protect_weights else {}
         return {
             name: Holding((layer.module.in_features, None), (name,), required=False)

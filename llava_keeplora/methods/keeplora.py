@@ -63,7 +63,7 @@ from llava_keeplora.methods.keeplora_log import (
     warn_unreached_energy,
 )
 from llava_keeplora.methods.keeplora_options import check_options, distillation_of
-from llava_keeplora.methods.kept_features import FEATURES_COST, KeptFeatures
+from llava_keeplora.methods.kept_features import KeptFeatures
 from llava_keeplora.methods.layers import in_layer, unsure_layers
 from llava_keeplora.methods.presets import RULES, least_statistics
 from llava_keeplora.methods.shares import AUTO, Share, read_features
@@ -143,11 +143,7 @@ class KeepLora(KeptFeatures):
         )
         self.form = options.form or self.rules.form
         self.interpolation = options.interpolation or self.rules.interpolation
-        self.distillation = distillation_of(options)
-        self.keeps_features = bool(self.distillation)
-        if self.keeps_features:
-            training = self.stage_cost.get(Stage.TRAINED, 0.0) + FEATURES_COST
-            self.stage_cost = self.stage_cost | {Stage.TRAINED: training}
+        self.keep_features(distillation_of(options))
         self.one_process = self.rules.one_process and options.protect_features
         self.gradient_fraction, self.feature_fraction = (
             1.0 if share == AUTO and self.rules.released else share

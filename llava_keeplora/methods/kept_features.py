@@ -28,6 +28,7 @@ from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import TaskContext
 from llava_keeplora.methods.protecting import ProtectingMethod
 from llava_keeplora.methods.task_start import TaskStart, remember_start
+from llava_keeplora.run_folder import Stage
 
 #: Forward passes per example beside training's own, for the features at the start.
 FEATURES_COST = 1.0
@@ -45,6 +46,13 @@ class KeptFeatures(ProtectingMethod):
     def __init__(self, options: Any):
         super().__init__(options)
         self.start: TaskStart | None = None
+
+    def keep_features(self, distillation: float) -> None:
+        """Set λ, and count the passes that it takes beside training; in a method's `__init__`."""
+        self.distillation, self.keeps_features = distillation, bool(distillation)
+        if self.keeps_features:
+            training = self.stage_cost.get(Stage.TRAINED, 0.0) + FEATURES_COST
+            self.stage_cost = self.stage_cost | {Stage.TRAINED: training}
 
     @property
     def plain_step(self) -> bool:

@@ -231,9 +231,7 @@ def test_a_share_of_key_elements_is_refused_if_no_layer_has_one_and_layers_witho
     assert (
         "share 0.02 leaves no key element in 1 of 2 layers, whose updates are not held: first" in caplog.text
     )
-    with pytest.raises(
-        MethodError, match="no layer|in any layer: the largest, second, has 50 entries; .*0.02"
-    ) as e:
+    with pytest.raises(MethodError, match="in any layer: the largest, second, has 50 entries; .*0.02") as e:
         RegLora(RegLora.Options(share=0.01)).check(layers())
     least = float(str(e.value).split("at least ")[1].split(",")[0])
     caplog.clear()

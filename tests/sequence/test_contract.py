@@ -300,7 +300,6 @@ def test_a_method_passes_the_checks_of_third_parties(trees, family, method):
     check_method(method, options.get(method), tree, checks)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["clip"])
 def test_a_router_passes_those_that_start_it_once_or_twice(trees, family):
     """The quick form for methods with a router; the stop at every stage, a dozen starts, is behind the slow marker."""

@@ -31,16 +31,17 @@ def config(run_config, tiny_tasks, tmp_path, two_tasks_run):
 
 
 #: Bytes, and whether the folder was claimed before: the first write that fails is of the folder's own files, of answers, of a journal or of tensors.
-SIZES = [(300, False), (2500, False), (1270, True), (1400, True), (5000, True), (12000, True)]
+SIZES = [
+    (2500, False),
+    (1400, True),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [(300, False), (1270, True), (5000, True), (12000, True)]
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("size", "claimed"),
-    [
-        *SIZES[1:4:2],
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (*SIZES[:1], *SIZES[2:3], *SIZES[4:])),
-    ],
-)
+@pytest.mark.parametrize(("size", "claimed"), SIZES)
 def test_a_full_disk_is_one_sentence_and_a_start_with_room_ends_with_the_same_files(
     config, drive, two_tasks_run, left_behind, size, claimed
 ):
