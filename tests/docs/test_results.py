@@ -16,6 +16,7 @@ RUNS = json.loads((ROOT / "docs/results/table-learned.json").read_text())
 FAST = json.loads((ROOT / "docs/results/table-learned-fast.json").read_text())
 GUARD = json.loads((ROOT / "docs/results/table-guard.json").read_text())
 TRIED = json.loads((ROOT / "docs/results/table-learned-tried.json").read_text())
+LLAVA_HALF = json.loads((ROOT / "docs/results/table-learned-llava-400.json").read_text())
 LLAVA_RUNS = json.loads((ROOT / "docs/results/table-learned-llava.json").read_text())
 SEARCHED = json.loads((ROOT / "docs/results/table-learned-llava-search.json").read_text())
 README = (ROOT / "README.md").read_text()
@@ -29,6 +30,7 @@ UNDRAWN = {
     "unprotected",
     "keeplora in fp32",
     "keeplora, random A",
+    "eblora, distillation 3",
     "eblora, distillation 10",
     "balanced, random A",
 }
@@ -55,7 +57,7 @@ def shown(numbers, name):
 @pytest.mark.parametrize("text", [README, LEARNED, LLAVA], ids=["README", "CLIP", "LLaVA"])
 def test_the_tables_of_the_learned_regime_are_those_of_the_result_file(text):
     files = {"method": RUNS["I"], "order 1 at 2e-3": FAST["I"], "order 2 at 2e-3": FAST["II"]}
-    files["order I at 2e-3"] = LLAVA_RUNS["I"]
+    files |= {"order I at 2e-3": LLAVA_RUNS["I"], "order I, 400 images": LLAVA_HALF["I"]}
     found = [(header, rows) for header, rows in tables(text) if header[0] in files and header[-1] == "n"]
     assert found
     for header, rows in found:
