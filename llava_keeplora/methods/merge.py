@@ -83,18 +83,26 @@ class Merge(SequentialLora):
             alpha: α of `wise-ft`, the weight of the trained model against its start.
             routing: what picks the task of an example with `condu`: `prototypes`, `model`, which is
                 asked, or `oracle` for the given task.
+            rejection: with `condu` and `prototypes`, the largest share of a task's training examples that may
+                be taken for none of its kind; an example as far away as these is answered by the base.
         """
 
         rule: str = MEAN
         density: float = 0.2
         alpha: float = 0.8
         routing: str = PROTOTYPES
+        rejection: float = 0.0
 
         def __post_init__(self) -> None:
-            check_routing(self.routing)
+            check_routing(self.routing, self.rejection)
             if self.rule not in RULES:
                 raise MethodError(
                     f"rule must be one of {', '.join(RULES)} (got '{self.rule}')", "set it to 'mean'"
+                )
+            if self.rejection and self.rule != CONDU:
+                raise MethodError(
+                    f"rejection is a test of the router, and rule '{self.rule}' has none",
+                    f"set rule to '{CONDU}', or rejection to 0",
                 )
             if not 0.0 < self.density <= 1.0:
                 raise MethodError(
@@ -109,7 +117,7 @@ class Merge(SequentialLora):
     def __init__(self, options: Merge.Options):
         super().__init__(options)
         self.cumulative, self.supports_zero3 = options.rule == WISE_FT, options.rule != CONDU
-        self.router = TaskRouter(options.routing) if options.rule == CONDU else None
+        self.router = TaskRouter(options.routing, options.rejection) if options.rule == CONDU else None
         self.stage_cost = self.router.stage_cost if self.router else {}
         self.keeps_prototypes = self.router is not None and self.router.keeps_prototypes
         given = self.router is not None and options.routing == ORACLE

@@ -16,9 +16,10 @@ from torch.nn.functional import normalize
 from llava_keeplora.distributed import all_gather_object
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Holding, TaskContext
+from llava_keeplora.methods.switching import BASE
 
-#: Key of a task's prototypes in its state.
-KEY = "prototypes"
+#: Keys in a task's state: its prototypes, and the least cosine with them of an example that is the task's.
+KEY, LEAST = "prototypes", "prototypes.least"
 #: Features that are summed at once.
 CHUNK = 1024
 
@@ -27,17 +28,18 @@ class Prototypes:
     """The prototypes of the tasks learned so far.
 
     Args:
-        tasks: prototypes of each task (k, p), of unit length.
+        rejection: the largest share of a task's training examples that may be taken for none of its kind: an
+            example is the nearest task's if its cosine is not below the one that this leaves. 0 for no test.
+        states: those of the base and of every task.
     """
 
-    def __init__(self, tasks: Sequence[Tensor] = ()):
-        self.tasks = list(tasks)
+    def __init__(self, rejection: float = 0.0, states: Sequence[dict[str, Tensor]] = ()):
+        self.rejection = rejection
+        #: Prototypes of each task (k, p), of unit length.
+        self.tasks = [state[KEY] for state in states if KEY in state]
+        #: Each task's least cosine; empty without rejection.
+        self.least = [state[LEAST] for state in states if LEAST in state]
         self._added: dict[str, Tensor] = {}
-
-    @classmethod
-    def of(cls, states: Sequence[dict[str, Tensor]]) -> Prototypes:
-        """Return the prototypes in the states of the base and of every task."""
-        return cls([state[KEY] for state in states if KEY in state])
 
     def learn(self, ctx: TaskContext) -> None:
         """Add the prototypes of a task; the model must be the untouched base.
@@ -58,14 +60,18 @@ class Prototypes:
         for examples in ctx.examples():
             features.append(predictor.features(examples).cpu())
             groups += [0 if classes is None else example.label for example in examples]
-        own = torch.cat(features) if features else None
+        gathered = torch.cat(features) if features else None
         del features
-        shares = all_gather_object((own, groups))
+        shares = all_gather_object((gathered, groups))
         rows = torch.cat([share for share, _ in shares if share is not None])
         labels = torch.tensor([label for _, labels in shares for label in labels])
         added = prototypes(rows, labels, None if classes is None else classes.cpu())
         self.tasks.append(added)
         self._added = {KEY: added}
+        if self.rejection:
+            own = (rows @ added.to(rows).T).amax(dim=1)
+            self.least.append(own.kthvalue(int(self.rejection * len(own)) + 1).values.float())
+            self._added[LEAST] = self.least[-1]
         ctx.report["routed_right"] = float((self.nearest(rows) == len(self.tasks) - 1).float().mean())
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -74,7 +80,8 @@ class Prototypes:
 
     def holds(self) -> dict[str, Holding]:
         """Return what a task's state holds of them."""
-        return {KEY: Holding((None, "features"))}
+        least = {LEAST: Holding(())} if self.rejection else {}
+        return {KEY: Holding((None, "features")), **least}
 
     def cosines(self, features: Tensor) -> Tensor:
         """Return the largest cosine of each example with a task's prototypes (n, tasks).
@@ -85,8 +92,11 @@ class Prototypes:
         return torch.stack([(features @ task.to(features).T).amax(dim=1) for task in self.tasks], dim=1)
 
     def nearest(self, features: Tensor) -> Tensor:
-        """Return the task of each example (n,), 0 for the first; of equal ones the first."""
-        return self.cosines(features).argmax(dim=1)
+        """Return the task of each example (n,), 0 for the first, `BASE` for none; of equal ones the first."""
+        largest, tasks = self.cosines(features).max(dim=1)
+        if not self.least:
+            return tasks
+        return tasks.where(largest >= torch.stack(self.least).to(largest)[tasks], BASE)
 
     def router(self, predictor: Any) -> Callable[[Sequence[Any]], list[int]]:
         """Return a function from examples to the nearest task of each.

@@ -10,7 +10,8 @@ answered as well as if it had been learned alone. `routing` says what picks the 
   prompt, of unit length; elsewhere one, the mean over its training examples of the base's features of image
   and question: the last hidden states' means over the image tokens and over the other tokens, of unit length
   each. The nearest has the largest cosine. An example of a task that is not learned yet gets the adapter of
-  the nearest one too.
+  the nearest one too, unless there is a `rejection`: then the base answers an example that is further from
+  its nearest task than all but this share of that task's training examples are.
 - `model`: the base is asked, with the image, the question and a list of the learned tasks by letter (names
   and descriptions of their recipes); where its answer names none, it answers itself. For models that write
   text. It is asked with a LoRA of the router's own, on the layers of the run's parts. After each task
@@ -44,7 +45,8 @@ Differences from the official code (bjzhb666/MLLM-CL):
 - Prototypes are those of other methods: one per class as in ConDU (arXiv 2503.10705), and means of image and
   text features as in DISCO (arXiv 2503.12897, as released in Ghy0501/MCITlib). DISCO's features are those of
   a second CLIP, its released code compares the text alone, and its adapters are all used at once, weighted by
-  a softmax of the cosines at temperature 0.05; here one is used.
+  a softmax of the cosines at temperature 0.05; here one is used. `rejection` is in none of them; MoE-Adapters
+  (arXiv 2403.11549), too, leaves to the base what no task's training examples resemble, by auto-encoders.
 """
 
 from __future__ import annotations
@@ -87,6 +89,8 @@ class TaskLora(SequentialLora):
         Args:
             routing: what picks the task of an example: `prototypes`, `model`, which is asked, or
                 `oracle` for the given task.
+            rejection: with `prototypes`, the largest share of a task's training examples that may be taken
+                for none of its kind; an example as far away as these is answered by the base. 0 for none.
             router_examples: with `model`, number of examples that are kept of every task to train the
                 router, at most all; 0 for the untouched base.
             router_epochs: passes of the router's training over all that are kept.
@@ -96,6 +100,7 @@ class TaskLora(SequentialLora):
         """
 
         routing: str = PROTOTYPES
+        rejection: float = 0.0
         router_examples: int = 20
         router_epochs: int = 40
         router_learning_rate: float = 5e-6
@@ -103,7 +108,7 @@ class TaskLora(SequentialLora):
         router_batch_size: int = 32
 
         def __post_init__(self) -> None:
-            check_routing(self.routing)
+            check_routing(self.routing, self.rejection)
             self.router_training()
 
         def router_training(self) -> RouterTraining:
@@ -122,7 +127,7 @@ class TaskLora(SequentialLora):
 
     def __init__(self, options: TaskLora.Options):
         super().__init__(options)
-        self.router = TaskRouter(options.routing, options.router_training())
+        self.router = TaskRouter(options.routing, options.rejection, options.router_training())
         self.mixes = self.router.lora is not None
         self.stage_cost, self.keeps_prototypes = self.router.stage_cost, self.router.keeps_prototypes
         self.info = replace(self.info, task_id_at_test=options.routing == ORACLE)

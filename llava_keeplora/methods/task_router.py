@@ -21,17 +21,18 @@ from llava_keeplora_eval.predictors import Predictor
 class TaskRouter:
     """Picks the task of an example, by prototypes, the model or the oracle.
 
-    With `prototypes` every example gets the nearest of the tasks learned, with `model` the one that the base
-    names, untouched or with the router's LoRA, and the base where it names none; with `oracle` the task is
-    given, and examples of a task that is not learned get the base.
+    With `prototypes` every example gets the nearest of the tasks learned, or the base where that is too far;
+    with `model` the one that the base names, untouched or with the router's LoRA, and the base where it names
+    none; with `oracle` the task is given, and examples of a task that is not learned get the base.
 
     Args:
         routing: one of `ROUTINGS`.
+        rejection: see `Prototypes`.
         training: training of the router with `model`; None for the untouched base.
     """
 
-    def __init__(self, routing: str, training: RouterTraining | None = None):
-        self.routing, self.prototypes = routing, Prototypes()
+    def __init__(self, routing: str, rejection: float, training: RouterTraining | None = None):
+        self.routing, self.prototypes = routing, Prototypes(rejection)
         trained = routing == MODEL and training is not None and training.examples > 0
         #: The router's LoRA; None if nothing is trained.
         self.lora = RouterLora(training) if trained else None
@@ -65,7 +66,7 @@ class TaskRouter:
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
         """Load what was kept of the base and every task."""
-        self.prototypes = Prototypes.of(states)
+        self.prototypes = Prototypes(self.prototypes.rejection, states)
         if self.lora:
             self.lora.load(states)
 
@@ -91,13 +92,22 @@ class TaskRouter:
         return lambda examples: [given] * len(examples)
 
 
-def check_routing(routing: str) -> None:
-    """Check the option `routing`.
+def check_routing(routing: str, rejection: float) -> None:
+    """Check the options `routing` and `rejection`.
 
     Raises:
-        MethodError: if it is not one of `ROUTINGS`.
+        MethodError: if the first is not one of `ROUTINGS`, or the second no share or not of use.
     """
     if routing not in ROUTINGS:
         raise MethodError(
             f"routing must be one of {', '.join(ROUTINGS)} (got '{routing}')", f"set it to '{ROUTINGS[0]}'"
+        )
+    if not 0.0 <= rejection < 1.0:
+        raise MethodError(
+            f"rejection must be at least 0 and below 1 (got {rejection})", "set it to, say, 0.05"
+        )
+    if rejection and routing != PROTOTYPES:
+        raise MethodError(
+            f"rejection is a test on prototypes, and routing is '{routing}'",
+            f"set routing to '{PROTOTYPES}', or rejection to 0",
         )

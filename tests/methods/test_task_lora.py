@@ -3,9 +3,12 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from torch.nn.functional import normalize
 
 from llava_keeplora.adapters import BaseWeights, Delta
 from llava_keeplora.config import ModelConfig
@@ -30,6 +33,7 @@ TaskLora = METHODS["task-lora"]
 def finished(tmp_path_factory, run_config, driven, tiny_tasks):
     folder, methods = tmp_path_factory.mktemp("task-lora") / "run", {"nearest": {"method": "task-lora"}}
     methods["oracle"] = {"method": "task-lora", "routing": "oracle"}
+    methods["wary"] = {"method": "task-lora", "rejection": 0.9}
     return driven(run_config(folder, methods=methods, tasks=[str(path) for path in tiny_tasks[:2]]))
 
 
@@ -73,6 +77,21 @@ def test_prototypes_answer_each_example_with_the_adapter_of_the_nearest_task(fin
     assert [p.read_bytes() for p in paths[0]] == [p.read_bytes() for p in paths[1]]
 
 
+def test_a_run_with_rejection_answers_as_the_adapter_or_as_the_base_and_keeps_one_more_number(finished):
+    states = [load_file(p) for p in sorted((finished / "wary").glob("task-*/state.safetensors"))]
+    learned = load_learned_run(finished, "wary")
+    base, adapted = learned.load(deltas=[]), learned.load(deltas=[learned.deltas[0]])
+    data = load_split(learned.recipes[0], "test")
+    predictor = base.predictor(data.recipe, Prepared(base, data))
+    first = states[-2]
+    assert len(states) in (2, 3) and all(set(s) == {"prototypes", "prototypes.least"} for s in states[-2:])
+    cosines = (predictor.features(list(data)) @ first["prototypes"].T).amax(dim=1)
+    own = (cosines >= first["prototypes.least"]).tolist()
+    texts = [m.predictor(data.recipe, Prepared(m, data)).predict(list(data)) for m in (base, adapted)]
+    assert answers(finished, "wary", 1, data.recipe, data) == [texts[o][i] for i, o in enumerate(own)]
+    assert False in own
+
+
 def test_prototypes_are_unit_means_of_groups_and_of_prompts():
     features = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     features, groups = features / features.norm(dim=1, keepdim=True), torch.tensor([0, 2, 0, 2, 2])
@@ -83,6 +102,60 @@ def test_prototypes_are_unit_means_of_groups_and_of_prompts():
     assert torch.equal(found[1], prompts[1]), "a class without an image"
     mean = features.mean(dim=0)
     torch.testing.assert_close(prototypes(features, 0 * groups, None), (mean / mean.norm())[None])
+
+
+def test_an_example_further_away_than_the_share_of_a_task_s_own_is_the_base_s():
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(n):
+        return normalize(torch.randn(n, 6, generator=generator), dim=1)
+
+    rows = {1: unit(40), 2: unit(30)}
+    router, states = TaskRouter("prototypes", 0.1), []
+    for index, features in rows.items():
+        predictor = SimpleNamespace(features=lambda found: torch.stack(found), class_features=lambda: None)
+        ctx = TaskContext(index, "t", {}, None, None, 0, 0, predictor=lambda p=predictor: p)
+        ctx = dataclasses.replace(ctx, examples=lambda f=features: iter([list(f[:9]), list(f[9:])]))
+        router.after_task(ctx)
+        states.append(router.state_dict())
+        assert set(states[-1]) == set(router.holds(ctx)) == {"prototypes", "prototypes.least"}
+    again = TaskRouter("prototypes", 0.1)
+    again.load_state_dicts([{}, *states])
+    new, expected = unit(500), []
+    means = [normalize(r.double().mean(dim=0), dim=0) for r in rows.values()]
+    least = [np.sort((r.double() @ m).numpy())[len(r) // 10] for r, m in zip(rows.values(), means)]
+    assert [float((r.double() @ m < e - 1e-6).sum()) for r, m, e in zip(rows.values(), means, least)] == [
+        4,
+        3,
+    ]
+    for example in new.double():
+        cosines = [float(example @ mean) for mean in means]
+        nearest = int(np.argmax(cosines))
+        expected.append(nearest if cosines[nearest] >= least[nearest] else BASE)
+    base = SimpleNamespace(features=lambda found: torch.stack(found))
+    ctx = AnswerContext("t", [], list, None, None)
+    for learned in (router, again):
+        assert learned.choose(base, ctx)(list(new)) == expected
+    assert {BASE, 0, 1} == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("task-lora", {"rejection": 1.0}, "rejection must be at least 0 and below 1 .got 1.0"),
+        ("task-lora", {"rejection": -0.1}, "rejection must be at least 0"),
+        (
+            "task-lora",
+            {"rejection": 0.1, "routing": "oracle"},
+            "routing is 'oracle'.*set routing to 'prototypes'",
+        ),
+        ("merge", {"rejection": 0.1}, "rule 'mean' has none.*set rule to 'condu'"),
+        ("merge", {"rejection": 2.0, "rule": "condu"}, "below 1"),
+    ],
+)
+def test_a_rejection_that_cannot_be_is_refused(name, options, message):
+    with pytest.raises(MethodError, match=message):
+        METHODS[name].Options(**options)
 
 
 def test_features_of_a_question_are_its_own_in_any_batch(tiny_llava, mixed_tasks):
@@ -219,7 +292,7 @@ def test_the_model_is_asked_with_every_task_that_is_learned(mixed_tasks):
         return SimpleNamespace(predict=predict)
 
     ctx = AnswerContext("t", [], list, None, None, recipes[0], recipes[:2], asking)
-    router = TaskRouter("model")
+    router = TaskRouter("model", 0.0)
     assert router.choose(object(), ctx)([data[0], data[1]]) == [1, BASE]
     assert f"\nA: {recipes[0].name}." in asked[0].question and f"\nB: {recipes[1].name}." in asked[0].question
     assert "What color?" in asked[0].question and asked[0].images == data[0].images
