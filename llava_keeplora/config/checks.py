@@ -106,7 +106,8 @@ def check_adopting(config: RunConfig) -> None:
     """
     task = next((task for task, source in zip(config.tasks, config.adopted) if source), None)
     for label, method in config.methods.items() if task else ():
-        if not METHODS[method.method].adopts:
+        cls = METHODS[method.method]
+        if not cls(cls.Options(**method.options)).adopts:
             takers = ", ".join(name for name, cls in METHODS.items() if cls.adopts)
             raise ConfigError(
                 f"'{label}' cannot take over task '{load_recipe(task).name}', which was trained elsewhere",

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llava_keeplora.adapters import AdapterInit, Delta, Deltas
+from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, Deltas
 from llava_keeplora.methods.answer_context import AnswerContext
 from llava_keeplora.methods.holding import Holding
 from llava_keeplora.methods.info import MethodInfo, check_finite
 from llava_keeplora.methods.mixture import Mixture
 from llava_keeplora.methods.reference import Reference
+from llava_keeplora.methods.subspace_plan import SubspacePlan
 from llava_keeplora.run_folder import Capacity
 from llava_keeplora.steps import Budget
 from llava_keeplora_eval.predictors import Predictor
@@ -92,6 +93,7 @@ class TaskContext:
         pretrained: returns a frozen copy of the model from before the first task.
         deltas: returns the deltas that the model carries at this stage, in order: those of the earlier tasks,
             and in `after_task` the finished task's.
+        weights: the weights of every layer that the run changes; `apply` puts other deltas on them.
         report: the method's own numbers, which are written into the run folder.
         base: the report of the base; empty for the base itself.
         tasks: number of tasks of the run.
@@ -126,6 +128,7 @@ class TaskContext:
     task: Callable[[], Any] | None = None
     pretrained: Callable[[], nn.Module] | None = None
     deltas: Callable[[], list[Deltas]] = list
+    weights: BaseWeights | None = None
     report: dict[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
     tasks: int = 0
@@ -139,35 +142,6 @@ class TaskContext:
     budgets: Sequence[Budget] = ()
     fit: Callable[..., dict[str, Delta]] | None = None
     passes: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass(frozen=True)
-class SubspacePlan:
-    """Description of what a method that protects subspaces computes, for the memory estimate.
-
-    `llava-keeplora plan` estimates the memory of the stages from it, without data.
-
-    Args:
-        protects_weights: whether the subspaces hold principal directions of the weights.
-        protects_features: whether they hold directions that finished tasks used.
-        sketched: whether the first gradient pass sums sketches instead of whole gradients.
-        may_sketch: whether it sums whole gradients but could use `gradient: sketch`.
-        features_from_gradient: whether a task's directions are taken from a gradient pass.
-        every_position: whether the feature pass takes the prompts at every position of the text encoder.
-        statistics: (groups of layers, bases, bytes, seed) → layer name → statistic of its features.
-        first_gradient: whether a gradient pass comes before every task.
-        kept_bytes: (layers by name, number of finished tasks) → bytes that are kept besides the subspaces.
-    """
-
-    protects_weights: bool
-    protects_features: bool
-    sketched: bool
-    may_sketch: bool
-    features_from_gradient: bool
-    every_position: bool
-    statistics: Callable[[list[list[Layer]], Mapping[str, Tensor], int, int], Mapping[str, Any]]
-    first_gradient: bool = True
-    kept_bytes: Callable[[Mapping[str, Layer], int], int] = lambda layers, tasks: 0
 
 
 class Method:

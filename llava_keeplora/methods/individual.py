@@ -49,7 +49,7 @@ ATTRIBUTES = (
 #: Settings of a part, which are none of a method's own.
 PART_KEYS = ("targets", "rank", "alpha", "energy_weight", "energy_feature", "learning_rate")
 #: Hooks with which a method is more than an update of adapters, or more than one task's.
-WHOLE = ("extra_state", "combine", "predictor", "predictor_of", "mixture", "create_optimizer", "scored")
+WHOLE = ("extra_state", "combine", "predictor", "mixture", "create_optimizer", "scored")
 
 
 class Individual(Method):
@@ -185,7 +185,13 @@ def make_inner(name: str, settings: Mapping[str, Any]) -> Method:
     known = {option.name for option in dataclasses.fields(cls.Options)}
     if unknown := next((key for key in settings if key not in known), None):
         raise MethodError(f"settings has '{unknown}', which '{name}' does not have", _cure(unknown, known))
-    return cls(cls.Options(**settings))
+    inner = cls(cls.Options(**settings))
+    if not inner.mergeable:
+        raise MethodError(
+            f"of is '{name}' with rejection, which tells learned tasks apart from others, and each is alone",
+            "leave rejection out of settings",
+        )
+    return inner
 
 
 def _cure(unknown: str, known: Collection[str]) -> str:

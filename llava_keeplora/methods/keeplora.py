@@ -13,7 +13,8 @@ CVPR 2022, arXiv 2109.01903): less is learned of a task, and disproportionately 
 else. The features of M_t are those of the interpolated model. It is no part of the paper.
 
 `distillation: λ` keeps the image features of a model of two encoders near those of the task's start, see
-`kept_features.py`. It is no part of the paper either.
+`kept_features.py`, and `rejection: q` leaves to the untouched base what resembles no learned task, see
+`rejection.py`. They are no part of the paper either.
 
 Differences from the paper:
 
@@ -115,6 +116,8 @@ class KeepLora(KeptFeatures):
                 are trained in full keep the whole. The preset's when None.
             distillation: λ, the weight of keeping the task's image features near those of its start, on a
                 model of two encoders; 0 for none. The preset's when None.
+            rejection: the largest share of a task's training examples that may be taken for none of its kind;
+                the untouched base answers an example as far away as these. 0 for none.
         """
 
         preset: str = "paper"
@@ -129,6 +132,7 @@ class KeepLora(KeptFeatures):
         plasticity: float = 20.0
         interpolation: float | None = None
         distillation: float | None = None
+        rejection: float = 0.0
 
         def __post_init__(self) -> None:
             check_options(self)
@@ -144,6 +148,7 @@ class KeepLora(KeptFeatures):
         self.form = options.form or self.rules.form
         self.interpolation = options.interpolation or self.rules.interpolation
         self.keep_features(distillation_of(options))
+        self.reject(options.rejection)
         self.one_process = self.rules.one_process and options.protect_features
         self.gradient_fraction, self.feature_fraction = (
             1.0 if share == AUTO and self.rules.released else share
@@ -223,6 +228,7 @@ class KeepLora(KeptFeatures):
         budgets = {} if ctx.index else feature_budgets(ctx.layers, self.bases, ctx.tasks)
         if budgets and self.options.protect_features:
             ctx.report[BUDGET] = budgets
+        self.learn_prototypes(ctx)
 
     def _evidence(
         self, ctx: TaskContext, extend: Callable[[str, Any], FeatureDirections]
@@ -401,15 +407,15 @@ class KeepLora(KeptFeatures):
         return project_deltas(deltas, self.bases)
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
-        """Return the columns of M' in a task's state; on the base, every layer has some."""
+        """Return the columns of M' in a task's state (the base has some of every layer), and prototypes."""
         return {
             name: Holding((layer.module.in_features, None), (name,), required=ctx.index == 0)
             for name, layer in ctx.layers.items()
-        }
+        } | self.prototype_holding(ctx)
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
         """Rebuild every layer's basis from the columns of all tasks."""
         self.bases = {}
-        for state in states:
+        for state in self.load_prototypes(states):
             for name, new in state.items():
                 self.append_columns(name, new)

@@ -26,7 +26,7 @@ from torch.nn.functional import cosine_similarity
 
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import TaskContext
-from llava_keeplora.methods.protecting import ProtectingMethod
+from llava_keeplora.methods.rejection import RejectingMethod
 from llava_keeplora.methods.task_start import TaskStart, remember_start
 from llava_keeplora.run_folder import Stage
 
@@ -34,7 +34,7 @@ from llava_keeplora.run_folder import Stage
 FEATURES_COST = 1.0
 
 
-class KeptFeatures(ProtectingMethod):
+class KeptFeatures(RejectingMethod):
     """Base class of methods that may keep image features while a task is learned.
 
     Attributes:

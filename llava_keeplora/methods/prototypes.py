@@ -54,7 +54,7 @@ class Prototypes:
         if not hasattr(predictor, "features"):
             raise MethodError(
                 "the model's predictor has no `features`, by which prototypes recognise a task",
-                "set routing to 'oracle'",
+                "set routing to 'oracle', or KeepLoRA's rejection to 0",
             )
         features, groups, classes = [], [], predictor.class_features()
         for examples in ctx.examples():
@@ -131,3 +131,13 @@ def prototypes(features: Tensor, groups: Tensor, prompts: Tensor | None) -> Tens
     if prompts is not None:
         means = torch.where(sizes[:, None] > 0, (means + prompts.double()) / 2, prompts.double())
     return normalize(means, dim=1).float()
+
+
+def check_rejection(share: float) -> None:
+    """Check the option `rejection`.
+
+    Raises:
+        MethodError: if it is no share.
+    """
+    if not 0.0 <= share < 1.0:
+        raise MethodError(f"rejection must be at least 0 and below 1 (got {share})", "set it to, say, 0.05")

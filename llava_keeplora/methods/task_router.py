@@ -10,7 +10,7 @@ from torch import Tensor
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import AnswerContext, Holding, TaskContext
 from llava_keeplora.methods.model_router import ModelRouter, RouterLora, RouterTraining
-from llava_keeplora.methods.prototypes import Prototypes
+from llava_keeplora.methods.prototypes import Prototypes, check_rejection
 from llava_keeplora.methods.switching import BASE
 from llava_keeplora.run_folder import Stage
 from llava_keeplora_eval.predictors import Predictor
@@ -102,10 +102,7 @@ def check_routing(routing: str, rejection: float) -> None:
         raise MethodError(
             f"routing must be one of {', '.join(ROUTINGS)} (got '{routing}')", f"set it to '{ROUTINGS[0]}'"
         )
-    if not 0.0 <= rejection < 1.0:
-        raise MethodError(
-            f"rejection must be at least 0 and below 1 (got {rejection})", "set it to, say, 0.05"
-        )
+    check_rejection(rejection)
     if rejection and routing != PROTOTYPES:
         raise MethodError(
             f"rejection is a test on prototypes, and routing is '{routing}'",

@@ -1,0 +1,153 @@
+"""With `rejection` the untouched base answers what resembles no learned task, and nothing else changes."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from llava_keeplora.adapters import BaseWeights, Delta
+from llava_keeplora.config import parse_config
+from llava_keeplora.errors import ConfigError, MethodError
+from llava_keeplora.export.loaded_run import load_learned_run
+from llava_keeplora.export.run_export import export_run
+from llava_keeplora.methods import METHODS
+from llava_keeplora.methods.rejection import RejectingPredictor, untouched
+from llava_keeplora.methods.switching import BASE
+from llava_keeplora.models import Prepared
+from llava_keeplora.testing import check_method
+from llava_keeplora_eval.predictions import read_predictions
+from llava_keeplora_recipes import load_split
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, run_config, driven, tiny_tasks):
+    methods = {"open": {"method": "keeplora"}, "wary": {"method": "keeplora", "rejection": 0.5}}
+    folder = tmp_path_factory.mktemp("rejection") / "run"
+    return driven(run_config(folder, methods=methods, tasks=[str(path) for path in tiny_tasks[:2]]))
+
+
+def test_training_is_the_same_and_a_task_keeps_its_prototypes_and_a_number_more(finished):
+    for name in ("delta.safetensors", "adapters.safetensors"):
+        first, second = (sorted((finished / label).glob(f"task-*/{name}")) for label in ("open", "wary"))
+        assert first and [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    for task in (0, 1, 2):
+        open_, wary = (
+            load_file(next((finished / label).glob(f"task-{task:02}-*/state.safetensors")))
+            for label in ("open", "wary")
+        )
+        own = {"prototypes", "prototypes.least"} if task else set()
+        assert set(wary) == set(open_) | own
+        assert all(torch.equal(wary[key], tensor) for key, tensor in open_.items())
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_the_base_answers_what_is_further_from_every_task_than_half_of_its_own_and_the_merged_model_the_rest(
+    finished, after
+):
+    learned = load_learned_run(finished, "wary")
+    base, merged = learned.load(deltas=[]), learned.load(deltas=learned.deltas[:after])
+    states = [load_file(next((finished / "wary").glob(f"task-{t:02}-*/state.safetensors"))) for t in (1, 2)]
+    seen = set()
+    for recipe in learned.recipes:
+        data = load_split(recipe, "test")
+        predictor = base.predictor(recipe, Prepared(base, data))
+        features = predictor.features(list(data)).double()
+        cosines = torch.stack(
+            [(features @ s["prototypes"].double().T).amax(dim=1) for s in states[:after]], 1
+        )
+        least = torch.stack([s["prototypes.least"].double() for s in states[:after]])
+        nearest = cosines.argmax(dim=1)
+        known = (cosines.amax(dim=1) >= least[nearest]).tolist()
+        texts = [m.predictor(recipe, Prepared(m, data)).predict(list(data)) for m in (base, merged)]
+        folder = next((finished / "wary").glob(f"task-{after:02}-*"))
+        found = read_predictions(folder / f"predictions/{recipe.name}.jsonl", data)
+        assert [found[key] for key in data.ids] == [texts[own][row] for row, own in enumerate(known)]
+        seen |= set(known)
+    assert seen == {True, False}
+
+
+def test_a_share_of_the_training_examples_is_below_the_number_that_is_kept(finished):
+    learned = load_learned_run(finished, "wary")
+    base = learned.load(deltas=[])
+    for task, recipe in enumerate(learned.recipes, 1):
+        state = load_file(next((finished / "wary").glob(f"task-{task:02}-*/state.safetensors")))
+        data = load_split(recipe, "train")
+        features = base.predictor(recipe, Prepared(base, data)).features(list(data))
+        below = (features @ state["prototypes"].T).amax(dim=1) < state["prototypes.least"] - 1e-6
+        assert int(below.sum()) == len(data) // 2
+
+
+def test_weights_carry_nothing_in_the_block_and_what_they_carried_after_it_also_after_an_error():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3)
+    weights, before = BaseWeights({"a": layer}), layer.weight.detach().clone()
+    deltas = [{"a": Delta(torch.randn(2, 4), torch.randn(3, 2), 0.5)}]
+    weights.apply(deltas)
+    carried = layer.weight.detach().clone()
+    with pytest.raises(KeyError), untouched(weights, deltas):
+        assert torch.equal(layer.weight, before)
+        raise KeyError
+    assert torch.equal(layer.weight, carried) and not torch.equal(carried, before)
+
+
+def test_a_batch_is_answered_in_order_and_nobody_is_asked_for_nothing():
+    state = ["merged"]
+
+    @contextmanager
+    def off():
+        state.append("base")
+        yield
+        state.pop()
+
+    class Echo:
+        def __init__(self, name):
+            self.name = name
+
+        def predict(self, examples):
+            assert examples and state[-1] == self.name
+            return [f"{self.name} {example}" for example in examples]
+
+    def choose(examples):
+        assert state[-1] == "base"
+        return [BASE if example < 0 else example for example in examples]
+
+    predictor = RejectingPredictor(Echo("base"), Echo("merged"), choose, off)
+    assert predictor.predict([1, -5, 0, -2]) == ["merged 1", "base -5", "merged 0", "base -2"]
+    assert predictor.predict([3]) == ["merged 3"] and predictor.predict([-1]) == ["base -1"]
+    assert predictor.predict([]) == []
+
+
+def test_what_does_not_go_with_rejection_is_refused(finished, run_tree, tmp_path):
+    KeepLora = METHODS["keeplora"]
+    with pytest.raises(MethodError, match="rejection must be at least 0 and below 1 .got 1.0"):
+        KeepLora(KeepLora.Options(rejection=1.0))
+    method = KeepLora(KeepLora.Options(rejection=0.1))
+    assert not (method.mergeable or method.adopts or method.supports_zero3) and method.keeps_prototypes
+    assert "does not merge" in method.info.needs and "a pass of the base" in method.info.needs
+    plain = KeepLora(KeepLora.Options())
+    assert plain.mergeable and plain.adopts and plain.supports_zero3 and not plain.keeps_prototypes
+    with pytest.raises(ConfigError, match="does not merge.*export --as state"):
+        export_run(finished, "merged", base_id="user/name", label="wary")
+    Individual = METHODS["individual"]
+    with pytest.raises(MethodError, match="of is 'keeplora' with rejection.*leave rejection out"):
+        Individual(Individual.Options(of="keeplora", settings={"rejection": 0.1}))
+    zero3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}
+    tree = run_tree(tmp_path / "run", methods={"keeplora": {"rejection": 0.1}})
+    tree["training"]["deepspeed"] = zero3
+    with pytest.raises(ConfigError, match="stage 3, but 'keeplora'.*answers with the base.*use stage 2"):
+        parse_config(tree)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("keeplora", "clip"), ("keeplora", "llava"), ("keeplora+", "clip"), ("keeplora++", "llava")],
+)
+def test_a_killed_and_an_extended_run_end_as_one_in_one_go(
+    request, tiny_tasks, mixed_tasks, tmp_path, name, family
+):
+    tree = request.getfixturevalue("run_tree" if family == "clip" else "llava_tree")
+    tasks = [str(path) for path in (tiny_tasks if family == "clip" else mixed_tasks)[:2]]
+    check_method(name, {"rejection": 0.5}, tree(tmp_path / "run", tasks=tasks))
