@@ -93,7 +93,7 @@ class TaskContext:
         pretrained: returns a frozen copy of the model from before the first task.
         deltas: returns the deltas that the model carries at this stage, in order: those of the earlier tasks,
             and in `after_task` the finished task's.
-        weights: the weights of every layer that the run changes; `apply` puts other deltas on them.
+        weights: returns the weights of every layer that the run changes; `apply` puts other deltas on them.
         report: the method's own numbers, which are written into the run folder.
         base: the report of the base; empty for the base itself.
         tasks: number of tasks of the run.
@@ -128,7 +128,7 @@ class TaskContext:
     task: Callable[[], Any] | None = None
     pretrained: Callable[[], nn.Module] | None = None
     deltas: Callable[[], list[Deltas]] = list
-    weights: BaseWeights | None = None
+    weights: Callable[[], BaseWeights] | None = None
     report: dict[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
     tasks: int = 0

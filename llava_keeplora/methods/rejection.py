@@ -71,7 +71,7 @@ class RejectingMethod(ProtectingMethod):
         """Add a finished task's prototypes, if examples are rejected; at the end of `after_task`."""
         if ctx.index and self.prototypes.rejection:
             assert ctx.weights is not None
-            with untouched(ctx.weights, self.combine(ctx.deltas())):
+            with untouched(ctx.weights(), self.combine(ctx.deltas())):
                 self.prototypes.learn(ctx)
 
     def load_prototypes(self, states: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -53,7 +53,7 @@ def task_context(state: MethodState, index: int, stage: Stage) -> TaskContext:
         task=lambda: context.family.task(state.tasks[index - 1].recipe),
         pretrained=context.pretrained,
         deltas=functools.partial(state.deltas, index - (stage != Stage.CONSOLIDATED)),
-        weights=context.base,
+        weights=lambda: context.base,
         base=read_record(state.path(0, CONSOLIDATED)) if index else {},
         tasks=len(state.tasks),
         choose=functools.partial(auto_energy.choose_energy_weight, context, state.layers),
