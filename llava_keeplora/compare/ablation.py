@@ -42,11 +42,13 @@ class Ablation:
         table: the table.
         method: label of the complete method.
         sweeps: threshold → its value → the label of that variant.
+        bounds: labels of the table's bounds, which the variants are read against.
     """
 
     table: Table
     method: str
     sweeps: dict[str, dict[float, str]]
+    bounds: tuple[str, ...] = ()
 
 
 def load_ablation(
@@ -82,9 +84,10 @@ def load_ablation(
     job = make_job(table, method, table.orders[0], 0, method, settings)
     parts = parse_config(job.tree).methods[method].parts
     adapted = [name for name, part in parts.items() if part.train == "adapter"]
-    methods = {method: settings} | {
-        f"{method}-{end}": merged(settings, options) for end, options in WITHOUT.items()
-    }
+    names = {label: of_label.get("method", label) for label, of_label in table.methods.items()}
+    bounds = tuple(label for label, name in names.items() if name in METHODS and METHODS[name].bound)
+    methods = {label: table.methods[label] for label in bounds} | {method: settings}
+    methods |= {f"{method}-{end}": merged(settings, options) for end, options in WITHOUT.items()}
     sweeps = {}
     for threshold, (default, _, _) in SWEPT.items():
         values = (thresholds or {}).get(threshold, default)
@@ -95,7 +98,7 @@ def load_ablation(
         }
     folder = table.output_dir
     folder = folder if output_dir else folder.with_name(f"{folder.name}-ablation")
-    return Ablation(Table(folder, table.run, methods, table.orders), method, sweeps)
+    return Ablation(Table(folder, table.run, methods, table.orders), method, sweeps, bounds)
 
 
 def _ablated_method(table: Table, name_or_path: str) -> tuple[str, dict[str, Any]]:
@@ -131,7 +134,7 @@ def draw_ablation(ablation: Ablation, outcome: TableResult) -> dict[str, PlotIma
     images = {}
     for order, results in outcome.results.items():
         for threshold, (_, sign, without) in SWEPT.items():
-            levels = (ZERO_SHOT, f"{ablation.method}-{without}")
+            levels = (ZERO_SHOT, f"{ablation.method}-{without}", *ablation.bounds)
             figure = draw_sweep(results, ablation.method, ablation.sweeps[threshold], levels, sign, LIGHT)
             if figure is not None:
                 name = f"{threshold.replace('_', '-')}-{order}"
@@ -139,7 +142,7 @@ def draw_ablation(ablation: Ablation, outcome: TableResult) -> dict[str, PlotIma
                 images[name] = PlotImage(
                     png,
                     f"Order {order}: scores over {sign}, the same in every adapted part; dashed, what has "
-                    "none.",
+                    "none; dash-dotted, bounds.",
                 )
                 save(figure, ablation.table.output_dir / f"{name}.png", png)
     return images

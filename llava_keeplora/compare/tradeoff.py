@@ -129,9 +129,18 @@ def _draw_tried(
     for label, points in lines.items():
         axes.plot(*zip(*points), markersize=4, linewidth=1.4, label=label, **_style(positions, label))
     for trial in tried:
-        if trial.chosen and (point := _point(trial.metrics)):
+        if not trial.chosen:
+            continue
+        if point := _point(trial.metrics):
             ring = _style(positions, trial.label) | {"linestyle": "none", "marker": "o"}
             axes.plot(*point, markersize=9, fillstyle="none", **ring)
+        elif trial.metrics["last"] is not None:
+            _draw_bound(axes, trial.label, trial.metrics["last"], positions)
+
+
+def _draw_bound(axes, label: str, last: float, positions: Mapping[str, int]) -> None:
+    look = _style(positions, label) | {"linestyle": BOUND_LINE, "marker": "none"}
+    axes.axvline(last, label=label, linewidth=1.2, **look)
 
 
 def _draw_rows(axes, rows: Records, positions: Mapping[str, int]) -> None:
@@ -148,8 +157,7 @@ def _draw_rows(axes, rows: Records, positions: Mapping[str, int]) -> None:
                 **look | {"linestyle": "none"},
             )
         elif row["last_mean"] is not None:
-            look |= {"linestyle": BOUND_LINE, "marker": "none"}
-            axes.axvline(row["last_mean"], label=label, linewidth=1.2, **look)
+            _draw_bound(axes, label, row["last_mean"], positions)
 
 
 def _style(positions: Mapping[str, int], label: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from llava_keeplora.report.html import (
 from llava_keeplora.report.latex_csv import csv_table, latex_table, summary_numbers, summary_records
 from llava_keeplora.report.resources import NEEDS_COLUMNS, budget_note, needs_rows
 from llava_keeplora.report.results import Results, matrices
-from llava_keeplora.report.tables import markdown_table, summary_header, summary_rows
+from llava_keeplora.report.tables import bounds_note, markdown_table, summary_header, summary_rows
 from llava_keeplora.report.watched import NOTE, TITLE, watched_header, watched_rows
 from llava_keeplora.report.write_report import write_report
 from llava_keeplora.run_folder import COMPARISON_JSON, COMPARISON_TABLE, LATEX_TABLE, REPORT, TABLE, TRIED
@@ -113,7 +113,7 @@ def _order_section(table: Table, order: str, results: Results) -> Section:
     text = (
         f"Tasks: {', '.join(trials[0].matrix.tasks)}. Scores in percent, mean ± sample standard deviation; "
         f"seeds {seeds}.{_unfinished(table, order, results)}"
-    ) + (f" {note}" if (note := budget_note(results)) else "")
+    ) + "".join(f" {note}" for note in (bounds_note(results), budget_note(results)) if note)
     return Section(f"Order {order}", text, header, rows)
 
 

@@ -17,6 +17,7 @@ from llava_keeplora.report.resources import (
 )
 from llava_keeplora.report.results import Results, deviation, matrices, mean, mean_matrix, row_marks
 from llava_keeplora.report.tables import (
+    bounds_note,
     is_baseline,
     matrix_rows,
     of_seeds,
@@ -60,6 +61,7 @@ def latex_tables(title: str, results: Results, precision: int = 1) -> str:
         f"\\usepackage{{booktabs}}."
     ]
     parts.append(latex_table(summary_header(matrices(results)), summary_rows(matrices(results), precision)))
+    parts += [f"% {note}"] if (note := bounds_note(results)) else []
     needs = needs_rows(results)
     parts += ["% Resources of the methods.", latex_table(NEEDS_COLUMNS, needs)] if needs else []
     if header := watched_header(results):

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llava_keeplora.report.curves import draw_line
-from llava_keeplora.report.figures import Palette, bare, legend_above, new_figure, style
-from llava_keeplora.report.results import Results, Trial, mean
+from llava_keeplora.report.figures import BOUND_LINE, Palette, bare, legend_above, new_figure, style
+from llava_keeplora.report.results import Results, Trial, is_bound, mean
 from llava_keeplora.report.tables import COLUMNS
 
 if TYPE_CHECKING:
@@ -45,9 +45,11 @@ def draw_sweep(
         # Transfer is undefined with one task.
         draw_line(axes, [(value, numbers) for value, numbers in points if None not in numbers], method, 0)
         for position, name in enumerate(levels, start=1):
-            level = mean(_numbers(results[name], title)) if name in results else None
+            trials = results.get(name, ())
+            level = mean(_numbers(trials, title)) if trials else None
+            line = BOUND_LINE if is_bound([trial.matrix.or_constant() for trial in trials]) else "--"
             if level is not None:
-                axes.axhline(level, label=name, linewidth=1.2, **style(position) | {"linestyle": "--"})
+                axes.axhline(level, label=name, linewidth=1.2, **style(position) | {"linestyle": line})
         axes.set_title(title, color=palette.ink, loc="left", fontsize=9, fontweight="bold")
         axes.set_xlabel(xlabel)
         bare(axes, palette)

@@ -17,6 +17,7 @@ from llava_keeplora.report.results import (
     spread,
 )
 from llava_keeplora.report.watched import NOTE, TITLE, stage_table, watched_header, watched_rows
+from llava_keeplora.report.wrong_answers import ERROR_COLUMNS, error_rows
 from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, format_number, marked
 
@@ -44,6 +45,15 @@ def bounds_first(results: Results) -> dict[str, Sequence[Trial]]:
         return 0 if is_baseline(name, trials) else 1 if is_bound(trials) else 2
 
     return {name: results[name] for name in sorted(results, key=group)}
+
+
+def bounds_note(results: Results) -> str:
+    """Return a sentence that names the bounds among the results; empty for none."""
+    trials = {name: [trial.matrix for trial in of_name] for name, of_name in results.items()}
+    bounds = [
+        name for name, of_name in trials.items() if is_bound(of_name) and not is_baseline(name, of_name)
+    ]
+    return f"Bounds, learned in no order and with Last alone: {', '.join(bounds)}." if bounds else ""
 
 
 def summary_header(results: Mapping[str, Sequence[Matrix]]) -> list[str]:
@@ -181,7 +191,7 @@ def markdown_tables(title: str, results: Results, precision: int = 1) -> str:
     parts = [f"# {title}\n\n{summary_table(matrices(results), precision)}"]
     needs = needs_rows(results)
     parts += [markdown_table(NEEDS_COLUMNS, needs)] if needs else []
-    parts += [f"{note}\n"] if (note := budget_note(results)) else []
+    parts += [f"{note}\n" for note in (bounds_note(results), budget_note(results)) if note]
     if header := watched_header(results):
         parts.append(f"## {TITLE}\n\n{NOTE}\n\n{markdown_table(header, watched_rows(results, precision))}")
     for name, trials in results.items():
@@ -198,6 +208,8 @@ def markdown_tables(title: str, results: Results, precision: int = 1) -> str:
             if scores
             else []
         )
+        errors = error_rows(trials)
+        parts += [markdown_table(ERROR_COLUMNS, errors)] if errors else []
         costs = cost_rows(trials)
         parts += [markdown_table(COST_COLUMNS, costs)] if costs else []
     return "\n".join(parts)

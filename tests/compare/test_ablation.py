@@ -9,6 +9,7 @@ from llava_keeplora import cli
 from llava_keeplora.compare import compare, draw_ablation, load_ablation
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.report.figures import LIGHT
+from llava_keeplora.report.results import Trial
 from llava_keeplora.report.sweep import draw_sweep
 from llava_keeplora_eval import Matrix
 
@@ -65,6 +66,22 @@ def test_every_part_is_taken_away_and_every_value_of_a_threshold_is_tried(ablate
             ("vision", value, 0.9),
             ("text", value, 0.9),
         }
+
+
+def test_a_table_s_bounds_stay_beside_the_variants_and_are_lines_of_the_plot(config_file, here):
+    overrides = ["methods.alone={method: individual}", "methods.joint={}"]
+    with here():
+        ablation = load_ablation(str(config_file), {"energy_weight": [0.6]}, overrides=overrides)
+    assert list(ablation.table.methods)[:3] == ["alone", "joint", "keeplora"]
+    assert ablation.bounds == ("alone", "joint")
+    swept = Matrix(["a", "b"], [10.0, 20.0], [[50.0, 30.0], [40.0, 60.0]])
+    bound = Matrix(["a", "b"], [10.0, 20.0], [[None, None], [90.0, 80.0]])
+    results = {"keeplora-energy-weight-0.6": [Trial(swept)], "joint": [Trial(bound)]}
+    figure = draw_sweep(results, "keeplora", ablation.sweeps["energy_weight"], ablation.bounds, "ε_w", LIGHT)
+    lines = [
+        [line.get_ydata()[0] for line in axes.lines if line.get_label() == "joint"] for axes in figure.axes
+    ]
+    assert lines == [[], [], [85.0]]
 
 
 def test_the_plot_shows_each_metric_over_the_threshold(ablated):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from llava_keeplora.compare.run_table import TableResult, Tried
-from llava_keeplora.compare.tradeoff import TRADEOFF, curves, draw_tradeoff, extremes
+from llava_keeplora.compare.tradeoff import TRADEOFF, curves, draw_tradeoff, extremes, tradeoff_figure
 
 
 def trial(label, transfer, last, chosen=False):
@@ -24,6 +24,11 @@ def tried():
 
 def test_a_curve_runs_through_all_settings_in_order_of_last_and_bounds_have_none(tried):
     assert curves(tried) == {"seq-lora": [(40.0, 50.0), (50.0, 45.0), (55.0, 30.0)]}
+
+
+def test_a_bound_whose_settings_were_tried_is_a_line_at_the_chosen_one(tried):
+    (panel,) = tradeoff_figure(["seq-lora", "individual"], tried, {}).axes
+    assert [line.get_xdata()[0] for line in panel.lines if line.get_label() == "individual"] == [70.0]
 
 
 def test_tuned_for_one_alone_is_the_setting_with_the_largest_of_it(tried):

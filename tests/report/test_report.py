@@ -328,5 +328,9 @@ def test_bounds_are_a_group_after_zero_shot_and_before_the_methods_in_every_docu
         places = [re.search(start.format(name), text, re.M) for name in order]
         assert all(places), (kind, places)
         assert [found.start() for found in places] == sorted(found.start() for found in places), kind
+    for kind in ("table", "latex"):
+        assert (
+            "Bounds, learned in no order and with Last alone: joint, individual." in paths[kind].read_text()
+        )
     text = paths["json"].read_text()
     assert [text.index(f'"{name}"') for name in order] == sorted(text.index(f'"{name}"') for name in order)

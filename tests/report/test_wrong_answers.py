@@ -3,6 +3,7 @@
 from llava_keeplora.files import write_json
 from llava_keeplora.report.results import Trial
 from llava_keeplora.report.run_report import read_scores
+from llava_keeplora.report.tables import markdown_tables
 from llava_keeplora.report.wrong_answers import answer_records, confusion_rows, error_counts, error_rows
 from llava_keeplora_eval import Matrix
 
@@ -66,3 +67,19 @@ def test_a_record_has_every_stage_and_a_run_of_an_earlier_version_none():
         "count": {},
         "names": {stage: [["cat", "dog", 1]] for stage in ("zero-shot", "count", "names")},
     }
+
+
+def test_the_classes_are_beside_the_scores_in_the_run_s_table():
+    whole = {
+        "metric": "m",
+        "metric_version": 1,
+        "score": 50.0,
+        "lenient": 60.0,
+        "compliance": 90.0,
+        "dropped": 0,
+    }
+    scores = [{task: whole | score for task, score in stage.items()} for stage in FIRST.scores]
+    run = Trial(Matrix(["count", "names"], [1.0, 2.0], [[3.0, 4.0], [5.0, 6.0]]), seed=0, scores=scores)
+    page = markdown_tables("t", {"a": [run]})
+    assert "| task | after | n | wrong | empty | format | off by one | near | other |" in page
+    assert "| count | count | 8 | 4 | 0 | 1 | 3 | 0 | 0 |" in page
