@@ -15,58 +15,16 @@ from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, Deltas
 from llava_keeplora.methods.answer_context import AnswerContext
 from llava_keeplora.methods.holding import Holding
 from llava_keeplora.methods.info import MethodInfo, check_finite
+from llava_keeplora.methods.layer import Layer
 from llava_keeplora.methods.mixture import Mixture
 from llava_keeplora.methods.reference import Reference
 from llava_keeplora.methods.subspace_plan import SubspacePlan
-from llava_keeplora.run_folder import Capacity
 from llava_keeplora.steps import Budget
 from llava_keeplora_eval.predictors import Predictor
 from llava_keeplora_recipes import TaskData
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Example
-
-
-@dataclass(frozen=True)
-class Layer:
-    """An adapted linear layer and its part's settings.
-
-    Args:
-        name: full module name.
-        part: the part of the model: `vision`, `text`, ...
-        module: the linear layer with its current weights.
-        rank, alpha, energy_weight, energy_feature: see `PartConfig`; for a threshold that is `auto`, its
-            upper bound.
-        auto: names of the thresholds that are `auto`.
-    """
-
-    name: str
-    part: str
-    module: nn.Linear
-    rank: int
-    alpha: float
-    energy_weight: float
-    energy_feature: float
-    auto: tuple[str, ...] = ()
-
-    @property
-    def largest_rank(self) -> int:
-        """The rank of the largest adapter that the layer may get."""
-        return min(self.rank, self.module.in_features, self.module.out_features)
-
-    def adapter(
-        self, rank: int, A: Tensor | None = None, B: Tensor | None = None, **trained: bool
-    ) -> AdapterInit:
-        """Return an adapter of some rank for the layer, with the same scale alpha / rank.
-
-        Args:
-            rank, A, B, trained: see `AdapterInit`.
-        """
-        return AdapterInit(rank, self.alpha / self.rank * rank, A, B, **trained)
-
-    def capacity(self, protected: int) -> Capacity:
-        """Return the layer's capacity with a number of protected directions."""
-        return Capacity(self.module.in_features, protected, self.part)
 
 
 @dataclass

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from llava_keeplora.methods.base import Layer
+from llava_keeplora.methods.layer import Layer
 
 
 @dataclass(frozen=True)
