@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_keeplora.config import load_config, read_config, with_settings
+from llava_keeplora.config import RunConfig, load_config, read_config, with_settings
 from llava_keeplora.methods import METHODS
+from llava_keeplora.methods.merge import RULES
+from llava_keeplora.methods.task_router import MODEL, PROTOTYPES, ROUTINGS
 from llava_keeplora.plan import describe, make_plan
 from llava_keeplora.reproduce import VERDICTS
 from llava_keeplora_eval import Matrix
@@ -41,6 +43,12 @@ def narrower(name: str) -> list[str]:
     ]
 
 
+def options_of(config: RunConfig, method: str, option: str) -> set[str]:
+    """Return the values of an option over a configuration's rows of a method, its default where a row has none."""
+    default = getattr(METHODS[method].Options(), option)
+    return {row.options.get(option, default) for row in config.methods.values() if row.method == method}
+
+
 @pytest.mark.parametrize(
     ("name", "family"),
     [
@@ -58,6 +66,11 @@ def test_a_benchmark_has_a_row_for_every_method_that_runs_on_its_model(name, fam
         if label.endswith("-released")
     }
     assert set(released.values()) == {f"released-{family}"} and "keeplora-released" in released
+    # So has every rule of merging, and every router that the model can follow: a CLIP cannot be asked for a task.
+    routings = set(ROUTINGS) - {MODEL} if family == "clip" else set(ROUTINGS)
+    assert options_of(config, "merge", "rule") == set(RULES)
+    assert options_of(config, "task-lora", "routing") == routings
+    assert config.methods["merge-condu"].options["routing"] == PROTOTYPES
 
 
 def three_classes(recipes: dict[str, Path], name: str) -> list[str]:
