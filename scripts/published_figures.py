@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llava_keeplora.config import load_config
+from llava_keeplora.config import ExpectedConfig, load_config
 from llava_keeplora.reproduce import Measured, differences
 
 #: The configurations that have published figures.
@@ -29,4 +29,10 @@ def figure_rows(name: str) -> Iterator[tuple[str, str, str, str, str]]:
         )
         other = "".join(f", {key} {value:g}" for key, value in row.tolerances.items())
         tolerance = "" if row.not_comparable else f"{row.tolerance:g}{other}: {row.tolerance_from}"
-        yield f"`{label}`", figures + last, tolerance, ", and ".join(why) or "compares", row.source
+        yield f"`{label}`", figures + last, tolerance, ", and ".join(why) or compared(row), row.source
+
+
+def compared(row: ExpectedConfig) -> str:
+    """Return that a row compares, and which of its figures do not and why."""
+    reasons = row.not_comparable_figures.items()
+    return "; ".join(["compares", *(f"not comparable: {name}, as {reason}" for name, reason in reasons)])

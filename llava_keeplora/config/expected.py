@@ -29,6 +29,8 @@ class ExpectedConfig:
         seeds: number of seeds whose mean they are; null where it was not published.
         not_comparable: why no run compares with them, for instance `the whole model is trained there`. The
             row may then be of a method that the run does not have.
+        not_comparable_figures: figure, an aggregate or a task → why no run compares with it, where runs
+            compare with the row's others, for instance `a user's run is 25 points below it`.
     """
 
     source: str = ""
@@ -42,6 +44,7 @@ class ExpectedConfig:
     test_prompts: str | None = None
     seeds: int | None = None
     not_comparable: str | None = None
+    not_comparable_figures: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -53,11 +56,18 @@ class ExpectedConfig:
                 raise ConfigError(
                     f"figures names '{name}', which is not an aggregate", nearest(str(name), AGGREGATES)
                 )
-        for name in self.tolerances:
-            if name not in dict(self.published()):
+        for key in ("tolerances", "not_comparable_figures"):
+            for name in getattr(self, key):
+                if name not in dict(self.published()):
+                    raise ConfigError(
+                        f"{key} names '{name}', of which there is no figure",
+                        nearest(str(name), dict(self.published())),
+                    )
+        for name, reason in self.not_comparable_figures.items():
+            if not isinstance(reason, str) or not reason:
                 raise ConfigError(
-                    f"tolerances names '{name}', of which there is no figure",
-                    nearest(str(name), dict(self.published())),
+                    f"not_comparable_figures must say why (got {reason!r} for '{name}')",
+                    "write the reason as a clause",
                 )
         for name, value in [*self.published(), *self.tolerances.items()]:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

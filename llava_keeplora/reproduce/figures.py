@@ -72,9 +72,10 @@ def compare(
         why = tuple((reasons or {}).get(label, ()))
         measured = _measured(results[label], published, why) if label in results else {}
         for name, value in published.published():
-            missing = () if why or measured.get(name) is not None else ("the run has no such figure",)
+            own = (*why, *filter(None, [published.not_comparable_figures.get(name)]))
+            missing = () if own or measured.get(name) is not None else ("the run has no such figure",)
             tolerance = published.tolerances.get(name, published.tolerance)
-            figures.append(Figure(label, name, value, measured.get(name), tolerance, why or missing))
+            figures.append(Figure(label, name, value, measured.get(name), tolerance, own or missing))
     return figures
 
 

@@ -83,6 +83,20 @@ def test_a_number_that_the_run_does_not_have_is_not_comparable():
     )
 
 
+def test_a_figure_that_nobody_could_reproduce_is_not_comparable_and_the_others_of_its_row_are():
+    row = {
+        "figures": {"transfer": 30.0, "last": 50.0},
+        "not_comparable_figures": {"last": "it failed before"},
+    }
+    published = expected(seq_lora=row)
+    transfer, last = compare(results(), published)
+    assert transfer.verdict == REPRODUCED and not transfer.reasons
+    assert last.verdict == NOT_COMPARABLE and last.reasons == ("it failed before",) and last.measured == 50.0
+    assert "not comparable: it failed before" in comparison([transfer, last], published)
+    both = compare(results(), published, {"seq-lora": ["other data"]})
+    assert [figure.reasons for figure in both] == [("other data",), ("other data", "it failed before")]
+
+
 def test_the_comparison_is_a_table_with_its_sources():
     published = expected(seq_lora={"figures": {"transfer": 29.0}})
     assert comparison(compare(results(), published), published) == (
@@ -259,6 +273,9 @@ def test_what_a_shipped_configuration_expects_is_of_its_own_tasks_and_says_its_t
         # What may be compared says with which model, tasks and prompts, and where its tolerance is from.
         comparable = not row.not_comparable
         assert comparable == bool(row.tolerance_from) == bool(row.model) == bool(row.sequence)
+        # No origin is no reason, and a tolerance as wide as a failed reproduction of 25 points would pass it.
+        assert "none published" not in row.tolerance_from
+        assert max(row.tolerance, *row.tolerances.values(), 0) <= 14
         assert bool(row.test_prompts) == (comparable and name.startswith("mtil"))
     # Run as it is, a configuration compares with the figures that its settings are for.
     reasons = differences(config, Measured())
@@ -334,6 +351,14 @@ def test_what_was_published_is_no_part_of_a_run():
         (
             {"seq-lora": SOURCE | {"figures": {"last": 9}, "tolerances": {"average": 1}}},
             "expected.seq-lora.tolerances names 'average', of which there is no figure; ",
+        ),
+        (
+            {"seq-lora": SOURCE | {"not_comparable_figures": {"last": "it failed"}}},
+            "expected.seq-lora.not_comparable_figures names 'last', of which there is no figure; ",
+        ),
+        (
+            {"seq-lora": SOURCE | {"figures": {"last": 9}, "not_comparable_figures": {"last": True}}},
+            "expected.seq-lora.not_comparable_figures must say why (got True for 'last'); ",
         ),
         (
             {"seq-lora": SOURCE | {"seeds": 0}},
