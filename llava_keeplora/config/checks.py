@@ -133,7 +133,8 @@ def check_own_optimizer(config: RunConfig) -> None:
         ConfigError: naming the method and the setting.
     """
     for label, method in config.methods.items():
-        if not METHODS[method.method].own_optimizer:
+        cls = METHODS[method.method]
+        if not cls(cls.Options(**method.options)).own_optimizer:
             continue
         if method.training.get("deepspeed"):
             raise ConfigError(

@@ -166,10 +166,11 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
     for label in parsed:
         config.trainings(label)
     if run_plugins:
+        # Before DeepSpeed's checks, whose cure is another stage, of which none would do here.
+        check_own_optimizer(config)
         deepspeed_config(config)
         check_full_finetuning(config)
         check_adopting(config)
-        check_own_optimizer(config)
     return config
 
 

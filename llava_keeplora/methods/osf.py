@@ -49,6 +49,7 @@ class Osf(Method):
         trained="the weak singular directions of every weight, with their values",
     )
     own_optimizer = True
+    supports_zero3 = False
     dense_updates = True
 
     @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Osf(Method):
 
     def __init__(self, options: "Osf.Options"):
         super().__init__(options)
+        # PEFT's form trains with the Trainer's own optimiser.
+        self.own_optimizer = options.project_steps
         self._layers: dict[str, Any] = {}
 
     def check(self, layers: Mapping[str, Layer]) -> None:
@@ -132,7 +135,7 @@ class Osf(Method):
 
     def create_optimizer(self, ctx: TaskContext, default: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Return AdamW that projects U_l and V_l after each step, with the Trainer's settings."""
-        return ProjectedAdamW(default.param_groups, self._project) if self.options.project_steps else default
+        return ProjectedAdamW(default.param_groups, self._project) if self.own_optimizer else default
 
     def _project(self) -> None:
         for layer in self._layers.values():

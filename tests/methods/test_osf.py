@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from llava_keeplora.errors import MethodError
+from llava_keeplora.config import parse_config
+from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.methods import METHODS, Layer, TaskContext
 
 Osf = METHODS["osf"]
@@ -103,3 +104,18 @@ def test_wrong_settings_and_quantised_weights_are_refused(monkeypatch):
     monkeypatch.setattr("llava_keeplora.methods.osf.is_quantised", lambda module: True)
     with pytest.raises(MethodError, match="layer l is quantised; leave the base unquantised"):
         Osf(Osf.Options()).check({"l": Layer("l", "vision", nn.Linear(4, 4), 2, 2.0, 0.5, 0.9)})
+
+
+def test_only_the_projection_of_steps_is_an_optimiser_of_its_own(run_tree, tmp_path):
+    def tree(project, **training):
+        methods = {"osf": {"project_steps": project}}
+        return run_tree(tmp_path / "run", methods=methods, training=training)
+
+    for training in ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {"optim": "sgd"}):
+        with pytest.raises(ConfigError, match="'osf' .*an optimiser of its own"):
+            parse_config(tree(True, **training))
+        parse_config(tree(False, **training))
+    with pytest.raises(ConfigError, match="reads trained parameters outside of their layers.*; use stage 2"):
+        parse_config(tree(False, deepspeed={"zero_optimization": {"stage": 3}}))
+    default = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
+    assert Osf(Osf.Options(project_steps=False)).create_optimizer(None, default) is default

@@ -112,10 +112,12 @@ LATER = {
     # DeepSpeed takes no optimiser of a method's own.
     "eblora": ({"dropout": 0.0}, ()),
     "osf": ({}, ()),
+    # PEFT's form takes the Trainer's.
+    "osf-peft": ({"method": "osf", "project_steps": False}, ("zero-2",)),
 }
 #: A decomposition turns where singular values of a small random weight lie near each other, and AdamW takes other steps in a turned basis: noise of 1e-7
 #: in the first task's update becomes 1e-4 in the second's, in one process too.
-TURNING = {"osf": 1e-3}
+TURNING = {"osf": 1e-3, "osf-peft": 1e-3}
 DRAWING = {"moe-adapters": {"experts": 4}, "iap": {}}
 
 
