@@ -1,6 +1,6 @@
 """EBLoRA: an update with equal singular values, trained on the Stiefel manifold outside of earlier gradients.
 
-Source: Gu et al., ICML 2026, arXiv 2602.00722.
+Source: Gu et al., ICML 2026, https://arxiv.org/abs/2602.00722.
 
 ΔW = (alpha / r) s U Vᵀ in every layer, with orthonormal U (out, r) and V (in, r), and one trained number s,
 so that all singular values of the update are the same. V stays orthogonal to F, the principal subspace of
@@ -18,10 +18,10 @@ Differences:
 - From the paper: it was read through the authors' code alone. The code divides a step by √(r / 4096), that
   is, it makes it 16 times as long for r 16; whether √(d / 4096) with the width d of U or V is meant, as the
   purpose of the division suggests, is not established. `step_scale` is `rank`, as in the code, or `width`.
-- From the official code (haodotgu/EBLoRA): it takes the gradients of all tasks from the untouched base, since
-  the lines that load earlier adapters are commented out; here they come from the model before and after the
-  task. It finds U and V by a randomised SVD without oversampling; here they are exact. Its singular vectors
-  and F are in fp16, its adapters in bf16; here all are in fp32.
+- From the official code (https://github.com/haodotgu/EBLoRA): it takes the gradients of all tasks from the
+  untouched base, since the lines that load earlier adapters are commented out; here they come from the model
+  before and after the task. It finds U and V by a randomised SVD without oversampling; here they are exact.
+  Its singular vectors and F are in fp16, its adapters in bf16; here all are in fp32.
 - As there, with s ≠ 0 at the start a task does not begin with the last task's model.
 - DeepSpeed would split U and V over processes and is refused.
 - `protect_weights` and `distillation`, KeepLoRA's W_p and the term of its preset `balanced`, are no part of

@@ -1,6 +1,6 @@
 """EWC: elastic weight consolidation, on the updates of LoRA adapters.
 
-Source: Kirkpatrick et al., PNAS 2017, arXiv 1612.00796.
+Source: Kirkpatrick et al., PNAS 2017, https://arxiv.org/abs/1612.00796.
 
 After a task, the diagonal of the Fisher information is estimated for every adapted weight W:
 
@@ -13,8 +13,8 @@ Differences from the paper:
 
 - The paper holds every weight of the network near its values after each earlier task, one penalty per task.
   Here the weights that adapters change are held, near their values at the task's start, with the sum of the
-  earlier tasks' F (as Huszár, PNAS 2018, arXiv 1712.03847, derives it; also known as online EWC without
-  decay). Modules that are trained in full are free.
+  earlier tasks' F (as Huszár, PNAS 2018, https://arxiv.org/abs/1712.03847, derives it; also known as online
+  EWC without decay). Modules that are trained in full are free.
 - F takes the given answers (the empirical Fisher), not answers drawn from the model.
 - The paper gives λ for its own networks alone; the default here is not a published value.
 

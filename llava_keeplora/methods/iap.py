@@ -1,4 +1,6 @@
-"""IAP: prompts for every task, gated per layer and weighted per image (arXiv 2503.20612).
+"""IAP: prompts for every task, gated per layer and weighted per image.
+
+Source: https://arxiv.org/abs/2503.20612.
 
 Attention becomes softmax(Q Kᵀ) V + w g softmax(Q P_kᵀ) P_v before its output projection, with 8 prompts P
 each, in all layers of the image encoder and the first 8 of the text encoder. The gate g, 0 or 1 for each
@@ -9,7 +11,7 @@ between, w is σ(m / p − 1) with m the mean log N(f; μ, Σ / 10) of the task'
 uses w = 1. Published: one epoch of SGD without momentum or weight decay, learning rate 5 falling to 0.005 by
 a cosine, batch 128.
 
-Differences from the official code (FerdinandZJU/IAP):
+Differences from the official code (https://github.com/FerdinandZJU/IAP):
 
 - The gates are sampled in training only; there they are sampled at test too, so that no two evaluations
   agree.

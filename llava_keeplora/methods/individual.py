@@ -1,13 +1,15 @@
 """Every task learned alone from the untouched base: the bound of what a method can learn of each task.
 
-Source: the row of the same name in MCITlib (Guo et al. 2025, arXiv 2508.07307).
+Source: the row of the same name in MCITlib (Guo et al. 2025, https://arxiv.org/abs/2508.07307; code:
+https://github.com/Ghy0501/MCITlib).
 
 Task t is trained on the base as the first task of the method `of`, with its `settings`, and only task t is
 scored with the update. So the row has one score per task, and no forgetting. The first task's update is that
 of the method, number for number. `of` is sequential LoRA by default, with which every task's update is that
 of `merge` with the rule `mean`; with `keeplora`, for instance, the row says what protecting the base costs.
 
-Differences from MCITlib: those of `methods/seq_lora.py`, whose settings its row has.
+Differences from MCITlib: its settings for this row were not found. The shipped configurations give the row
+those of sequential LoRA, with the differences of `methods/seq_lora.py`.
 """
 
 from __future__ import annotations

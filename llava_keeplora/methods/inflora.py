@@ -1,6 +1,6 @@
 """InfLoRA: adapters confined to the task's inputs outside of the subspace of earlier tasks' inputs.
 
-Source: Liang and Li, CVPR 2024, arXiv 2404.00228.
+Source: Liang and Li, CVPR 2024, https://arxiv.org/abs/2404.00228.
 
 Before a task, with Φ = XᵀX of a layer's inputs over the task's data and M the protected subspace, A = U_rᵀ /
 √3, U_r the first r left singular vectors of (I − M Mᵀ) Φ; A stays frozen, B trains from zero. After the task,
@@ -8,7 +8,7 @@ M is extended by the fewest directions with which it holds the fraction ε_t of 
 read the same tensor share Φ, A and M. Published for ViT-B/16: k and v, r 10, s 1, ε from 0.95 or 0.98 up to
 1, Adam, learning rate 5e-4, batch 128.
 
-Differences from the paper and the official code (liangyanshuo/InfLoRA):
+Differences from the paper and the official code (https://github.com/liangyanshuo/InfLoRA):
 
 - ε_t = ε_f + (t − 1) `energy_step`, at most 1, since the number of tasks T of a sequence that can be extended
   is not known; the published rise is `energy_step: (1 − ε_f) / T`.

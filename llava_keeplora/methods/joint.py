@@ -10,7 +10,8 @@ the mean over all its examples (over their answers' tokens, for models that writ
 class prompts and the prompt of its own task. All tasks are scored once.
 
 The training takes the place of the last task's; the tasks before it train nothing. A run that is extended
-trains on all its tasks again.
+trains on all its tasks again. The run stores no examples: the data of all tasks must be there at once, which
+a method that learns task by task does not need.
 
 Differences from tables of other papers: a step's examples of one task are a batch of their own, because class
 prompts belong to a task; they are weighted as in one batch. Where the learning rate is listed by task, that
@@ -35,7 +36,7 @@ class Joint(SequentialLora):
         "joint",
         "Multitask Learning",
         "https://doi.org/10.1023/A:1007379606734",
-        kept="the training data of all tasks",
+        kept="nothing (the training data of all tasks are read where they are, all at once)",
     )
     cumulative = False
     mixes = True

@@ -1,4 +1,6 @@
-"""KeepLoRA: adapters that move only outside the protected subspace (ICLR 2026, arXiv 2601.19659).
+"""KeepLoRA: adapters that move only outside the protected subspace.
+
+Source: Luo et al., ICLR 2026, https://arxiv.org/abs/2601.19659.
 
 For each adapted layer, the protected subspace M' joins the principal input directions of the pre-trained
 weight (W_p) and the feature directions of earlier tasks (M_t). The first-step gradient of the new task,
@@ -9,8 +11,8 @@ W' = W − s(A B₀)ᵀ, except under weight decay: decay of D pulls towards the
 B towards W'. `form: delta` is the former and the default, `form: literal` the latter and the paper's.
 
 `interpolation: λ` merges λ ΔW instead of ΔW, as WiSE-FT does with a whole model's change (Wortsman et al.,
-CVPR 2022, arXiv 2109.01903): less is learned of a task, and disproportionately less is lost of everything
-else. The features of M_t are those of the interpolated model. It is no part of the paper.
+CVPR 2022, https://arxiv.org/abs/2109.01903): less is learned of a task, and disproportionately less is lost
+of everything else. The features of M_t are those of the interpolated model. It is no part of the paper.
 
 `distillation: λ` keeps the image features of a model of two encoders near those of the task's start, see
 `kept_features.py`, and `rejection: q` leaves to the untouched base what resembles no learned task, see
@@ -22,8 +24,8 @@ Differences from the paper:
 - Gradients and features that don't fit into memory are sketched. How near A is to the best directions is
   estimated for every layer, and layers that fall short get further passes over the data.
 
-Differences from the official code (MaolinLuo/KeepLoRA), whose own departures from the paper are available as
-the presets `released-clip` and `released-llava`:
+Differences from the official code (https://github.com/MaolinLuo/KeepLoRA), whose own departures from the
+paper are available as the presets `released-clip` and `released-llava`:
 
 - For CLIP it takes W_p from the weight's output side but projects on the input side, and M_t from a running
   mean over batch slots, for the prompts over all 77 positions, with one vector fewer by a strict energy rule.

@@ -1,4 +1,6 @@
-"""KeepLoRA+: KeepLoRA with a cosine classifier for every learned task (ICLR 2026, arXiv 2601.19659), on CLIP.
+"""KeepLoRA+: KeepLoRA with a cosine classifier for every learned task, on CLIP.
+
+Source: Luo et al., ICLR 2026, https://arxiv.org/abs/2601.19659.
 
 The logits of a learned task are the text logits plus 30 cos(f, w_c), with f an image's features and w_c a row
 per class. The rows start as the normalised means of their classes' normalised features over all of the task's
@@ -7,7 +9,7 @@ adapters, by the same loss. The first-step gradient is that of the text logits a
 task that has not been learned has no rows and is answered by the text logits. Published: scale 30, AdamW,
 learning rate 1e-3, weight decay 0.01, 5 epochs per task (order II of MTIL: 1 for its second and third).
 
-Differences from the official code (MaolinLuo/KeepLoRA, folder MTIL):
+Differences from the official code (https://github.com/MaolinLuo/KeepLoRA, folder MTIL):
 
 - The means include every image once; there the last incomplete batch of a shuffled pass is left out.
 - A class without images starts with the direction of its prompt's features; there it ends the run.

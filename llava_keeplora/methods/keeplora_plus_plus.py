@@ -1,4 +1,6 @@
-"""KeepLoRA++: KeepLoRA with updates that are scaled up from the first block to the last (arXiv 2606.16256).
+"""KeepLoRA++: KeepLoRA with updates that are scaled up from the first block to the last.
+
+Source: https://arxiv.org/abs/2606.16256.
 
 Shallow blocks hold more of what transfers between tasks, so their updates are kept smaller: the delta of
 block l is multiplied by λ_l = γ + (1 − γ) l / (L − 1), in training and in the result alike, ΔW_l = λ_l s B_l
@@ -15,10 +17,10 @@ Differences:
 
 - From the paper: only its abstract was available, so the formula and γ are those of the authors' code; λ of
   the text encoder is that code's default, 1.
-- From the official code (MaolinLuo/KeepLoRA, the revision of KeepLoRA++): for CLIP, this revision also starts
-  with B = 0, while the previous one copied B from the gradient. Here these are two settings, `gamma` and
-  `form`, whose default `delta` is B = 0. Other differences between paper and code are chosen by `preset`, as
-  in KeepLoRA.
+- From the official code (https://github.com/MaolinLuo/KeepLoRA, the revision of KeepLoRA++): for CLIP, this
+  revision also starts with B = 0, while the previous one copied B from the gradient. Here these are two
+  settings, `gamma` and `form`, whose default `delta` is B = 0. Other differences between paper and code are
+  chosen by `preset`, as in KeepLoRA.
 - A layer whose factor is 0, for γ = 0, is left out instead of trained without effect.
 """
 

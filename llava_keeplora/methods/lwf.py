@@ -1,6 +1,6 @@
 """LwF: learning without forgetting, distillation from the model at the task's start on the task's own inputs.
 
-Source: Li and Hoiem, ECCV 2016 and TPAMI 2018, arXiv 1606.09282.
+Source: Li and Hoiem, ECCV 2016 and TPAMI 2018, https://arxiv.org/abs/1606.09282.
 
 Sequential LoRA with the loss
 

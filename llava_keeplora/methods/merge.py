@@ -1,8 +1,8 @@
 """Merging without training: one LoRA per task, trained alone, and their task vectors merged into one model.
 
-Sources: Yadav et al., NeurIPS 2023, arXiv 2306.01708 (TIES, and the mean as its baseline); Wortsman et al.,
-CVPR 2022, arXiv 2109.01903 (WiSE-FT), on sequences as in Zheng et al., ICCV 2023, arXiv 2303.06628; Gao et
-al., ICLR 2026, arXiv 2503.10705 (ConDU).
+Sources: Yadav et al., NeurIPS 2023, https://arxiv.org/abs/2306.01708 (TIES, and the mean as its baseline);
+Wortsman et al., CVPR 2022, https://arxiv.org/abs/2109.01903 (WiSE-FT), on sequences as in Zheng et al., ICCV
+2023, https://arxiv.org/abs/2303.06628; Gao et al., ICLR 2026, https://arxiv.org/abs/2503.10705 (ConDU).
 
 With W_0 the base and τ_t = s B_t A_t the update of task t:
 
@@ -25,19 +25,20 @@ a full rank and exports as a merged checkpoint.
 
 Differences:
 
-- From the official code of TIES (prateeky2806/ties-merging): the share that is kept is one of each parameter
-  of a module, as in mergekit, and not of all parameters together, for which all task vectors would have to be
-  in memory at once. An entry whose kept values sum to exactly 0 is 0; there it gets the sign of the majority
-  of all entries. The factor on the result, λ, is 1, its default without validation data.
+- From the official code of TIES (https://github.com/prateeky2806/ties-merging): the share that is kept is one
+  of each parameter of a module, as in mergekit, and not of all parameters together, for which all task
+  vectors would have to be in memory at once. An entry whose kept values sum to exactly 0 is 0; there it gets
+  the sign of the majority of all entries. The factor on the result, λ, is 1, its default without validation
+  data.
 - From ZSCL's code for WiSE-FT (`--wise_merge --wise_ft_model n`): adapters instead of the whole model. There
   the start can also be the pre-trained model (`zeroshot`), which is left out, because no published figure
   uses it on a sequence.
-- From the official code of ConDU (zhangzicong518/ConDU): its LoRA variant has factors of rank 64 in the
-  encoders' MLPs and unifies the changes of A and B; here the changes of the weights, B A, are unified, as in
-  its full variant. Its printed figures on MTIL take the given task's model for tasks learned, and for others
-  the mean of the logits of the base and of the four nearest tasks' models; here one task is picked for every
-  example. One prompt per class makes the prototypes. The updates are kept as they are, too, so a run stores
-  more than τ, masks and factors.
+- From the official code of ConDU (https://github.com/zhangzicong518/ConDU): its LoRA variant has factors of
+  rank 64 in the encoders' MLPs and unifies the changes of A and B; here the changes of the weights, B A, are
+  unified, as in its full variant. Its printed figures on MTIL take the given task's model for tasks learned,
+  and for others the mean of the logits of the base and of the four nearest tasks' models; here one task is
+  picked for every example. One prompt per class makes the prototypes. The updates are kept as they are, too,
+  so a run stores more than τ, masks and factors.
 - From all: LoRA, with the layers, ranks and training settings of the run.
 """
 

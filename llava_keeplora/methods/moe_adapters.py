@@ -1,6 +1,6 @@
 """MoE-Adapters: experts that all tasks share, a router per task, and auto-encoders that recognise the task.
 
-Source: Yu et al., CVPR 2024, arXiv 2403.11549.
+Source: Yu et al., CVPR 2024, https://arxiv.org/abs/2403.11549.
 
 In every layer of both encoders, x ← x + MLP(norm x) + 0.1 Σ_e g_e E_e(x): of 22 adapters E_e, the two with
 the best scores from the task's router are used, with noise on the scores in training. A task trains its
@@ -9,7 +9,7 @@ layer. At test, the error of an auto-encoder per task tells how familiar an imag
 smallest error answers it, and above a threshold the frozen CLIP does. Published: 1000 steps of AdamW at 1e-3
 (for some data sets 5e-3 or 1e-4) without weight decay, cosine schedule, batch 64, label smoothing 0.2.
 
-Differences from the official code (JiazuoYu/MoE-Adapters4CL):
+Differences from the official code (https://github.com/JiazuoYu/MoE-Adapters4CL):
 
 - The auto-encoders read the frozen CLIP's image features instead of an AlexNet's, so that no second model is
   needed; as these are unit vectors instead of activations between 0 and 1, the decoder is linear. Each is

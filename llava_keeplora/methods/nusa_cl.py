@@ -1,6 +1,6 @@
 """NuSA-CL: every task writes into the directions in which the current weights do the least.
 
-Source: Jo and Kim, ICLR 2026, arXiv 2510.21175.
+Source: Jo and Kim, ICLR 2026, https://arxiv.org/abs/2510.21175.
 
 Before a task, W = U S Vᵀ is the singular value decomposition of every layer's current weight, with all
 earlier updates. The first k directions reach the fraction ρ of ‖W‖²; of the others, the last r give U_n and
@@ -14,8 +14,9 @@ Differences:
 
 - From the paper: it was read through the authors' README and code alone, which have ρ 0.95 for all tasks; any
   other choice of ρ in the paper is not established here.
-- From the official code (ZoYujin/NuSA-CL): its training of all methods has label smoothing 0.2, which is left
-  out here. Its M has r rows even where fewer directions are left; the surplus gets no gradient there.
+- From the official code (https://github.com/ZoYujin/NuSA-CL): its training of all methods has label smoothing
+  0.2, which is left out here. Its M has r rows even where fewer directions are left; the surplus gets no
+  gradient there.
 - Its scale is alpha / √r with alpha 2; here it is alpha / r as in every other method, so alpha differs.
 - In bf16, the bases are rounded while they train, and stored in fp32, as A is in every method.
 

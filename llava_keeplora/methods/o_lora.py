@@ -1,6 +1,6 @@
 """O-LoRA: a new adapter for every task, with a penalty that pushes its A away from those of earlier tasks.
 
-Source: Wang et al., Findings of EMNLP 2023, arXiv 2310.14152.
+Source: Wang et al., Findings of EMNLP 2023, https://arxiv.org/abs/2310.14152.
 
 The loss is the task's own, plus λ₁ Σ_layers Σ_{i<t} ‖A_i A_tᵀ‖₁ and λ₂ Σ_layers (‖A_t‖_F + ‖B_t‖_F). Earlier
 adapters are active, frozen and merged; their A are read from the tasks' deltas. Published for LLaMA and T5: q
@@ -11,9 +11,9 @@ Differences:
 
 - From the paper: overlaps are summed as absolute values instead of squares, and the penalty is on the matrix
   that reads the layer's input; both as in the official code.
-- From the official code (cmnfriend/O-LoRA): dropout acts on the new adapter alone, since the earlier ones are
-  part of the weights; there it acts on all. The penalty counts once per optimiser step however many batches
-  are accumulated; there, without DeepSpeed, it counts once per batch.
+- From the official code (https://github.com/cmnfriend/O-LoRA): dropout acts on the new adapter alone, since
+  the earlier ones are part of the weights; there it acts on all. The penalty counts once per optimiser step
+  however many batches are accumulated; there, without DeepSpeed, it counts once per batch.
 - From the port to LLaVA in MCITlib: training passes through the earlier adapters as the evaluation does, and
   the penalty does not change them.
 

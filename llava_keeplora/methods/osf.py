@@ -1,6 +1,10 @@
 """OSF: the weak directions of every weight are trained in full, the strong ones are frozen.
 
-Source: Nayak et al. 2025, arXiv 2504.07097 ("Sculpting Subspaces", OSFT), as PEFT's tuner OSF has it.
+Source: Nayak et al., ICLR 2026, https://arxiv.org/abs/2504.07097 ("Sculpting Subspaces", OSFT), as the tuner
+OSF of PEFT has it (https://github.com/huggingface/peft/pull/2685). The authors' code is
+https://github.com/Red-Hat-AI-Innovation-Team/mini_trainer, which the function `osft` of
+https://github.com/Red-Hat-AI-Innovation-Team/training_hub calls. Of the former `osft_utils.py` and `train.py`
+were read (commit 01a3054), of the latter that function and its page (f793034), of the paper the abstract.
 
 W = U_h S_h V_hᵀ + U_l S_l V_lᵀ is the singular value decomposition of a layer's current weight, with the
 first k directions in the high part. U_l, S_l and V_l are trained, starting from the decomposition, with
@@ -11,11 +15,16 @@ Differences:
 
 - From PEFT: it projects gradients, but AdamW divides each entry of a step by its own second moment, which
   leads out of the projected space, so that the high part is no longer protected exactly. With
-  `project_steps`, U_l and V_l are projected after each step, so that U_hᵀ ΔW = 0 and ΔW V_h = 0; false is
-  PEFT's form.
-- From the paper: k is the share `preserved` of min(out, in) in every layer, plus `preserved_step` for every
-  earlier task. The paper is said to choose it by a layer's importance, which PEFT does not implement and
-  which is not established here.
+  `project_steps`, U_l and V_l are projected after each step, so that U_hᵀ ΔW = 0 and ΔW V_h = 0, as the
+  authors' code does; false is PEFT's form.
+- From the paper: summaries of it say that a layer's share is mrr + I (trr − mrr), with I the mean cosine of
+  its inputs and outputs. Neither PEFT, whose pull request says so, nor the authors' code as read does it, and
+  neither is it done here.
+- From the authors' code: its share is one for all layers as here, ⌊(1 − unfreeze_rank_ratio) · min(out, in)⌋
+  directions; `preserved` is 1 − unfreeze_rank_ratio. It has no default for it and advises 0.25, that is 0.75
+  here, where PEFT's 0.5 is the default. It does not change from task to task by itself; `preserved_step` adds
+  to it, as PEFT's page advises. Gradients are clipped to norm 1 before they are projected there and after it
+  here. Processes may shard the factors there (FSDP 2), which DeepSpeed cannot here with `project_steps`.
 - Weight decay pulls U_l, S_l and V_l to 0, as in PEFT, and with them the weak part of the pre-trained weight.
 
 A task's update is the change of whole weights, so `export --as merged` writes it and no adapter holds it.

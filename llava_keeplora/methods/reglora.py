@@ -1,7 +1,7 @@
 """RegLoRA: later updates are kept small where earlier updates were largest.
 
-Source: Chen et al., ICML 2025 (SEFE), arXiv 2505.02486; code: https://github.com/jinpeng0528/SEFE, read in
-2026-11.
+Source: Chen et al., ICML 2025 (SEFE), https://arxiv.org/abs/2505.02486; code:
+https://github.com/jinpeng0528/SEFE, read in 2026-11.
 
 After a task, every layer's key elements are kept: the ⌊0.02 · out · in⌋ entries of |B A| that are largest.
 Later tasks train with

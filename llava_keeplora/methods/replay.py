@@ -1,8 +1,8 @@
 """Replay: a few examples of every earlier task are trained on again with each later one.
 
-Source: Chaudhry et al. 2019, "On Tiny Episodic Memories in Continual Learning", arXiv 1902.10486 (experience
-replay). Rows of the same kind: MCITlib and Continual-NExT; `general` is what training tools advise, to mix
-general data into a fine-tuning.
+Source: Chaudhry et al. 2019, "On Tiny Episodic Memories in Continual Learning",
+https://arxiv.org/abs/1902.10486 (experience replay). Rows of the same kind: MCITlib and Continual-NExT;
+`general` is what training tools advise, to mix general data into a fine-tuning.
 
 After each task some of its training examples are drawn, by the run's seed and the task, and kept: `share` of
 them, or `examples`. Their ids and the bytes that they take are in the task's `consolidated.json`. Every

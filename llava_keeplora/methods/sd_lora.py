@@ -1,6 +1,6 @@
 """SD-LoRA: every task adds a direction, and the magnitudes of all directions stay trainable.
 
-Source: Wu et al., ICLR 2025, arXiv 2501.13198, equation 4.
+Source: Wu et al., ICLR 2025, https://arxiv.org/abs/2501.13198, equation 4.
 
 W_t = W_0 + Σ_{k≤t} α_k N_k. While task t trains, N_t = s B_t A_t and all α change; the N_k of earlier tasks
 are frozen. Each magnitude is one number for all layers, as in the paper. The delta of task t is its own
@@ -14,9 +14,9 @@ Differences:
   at its task's end, and α_k continues from 1 there. The paper's form is 0/0 at B = 0. The span and the number
   of trained magnitudes are the same, and no task starts with a jump. The variants with decreasing ranks (RR)
   and with merged directions (KD) are not implemented.
-- From the official code (WuYichen-97/SD-Lora-CL): it divides by ‖B_k‖_F ‖A_k‖_F, replaces the learned
-  magnitudes by 0.8 at every task's start, and supports 20 earlier tasks; there task t + 1 does not start from
-  task t's model.
+- From the official code (https://github.com/WuYichen-97/SD-Lora-CL): it divides by ‖B_k‖_F ‖A_k‖_F, replaces
+  the learned magnitudes by 0.8 at every task's start, and supports 20 earlier tasks; there task t + 1 does
+  not start from task t's model.
 - From both: CLIP's two encoders and LLaVA's language model replace a ViT with a classification head; s is
   alpha / r, while the official code has no alpha.
 - Weight decay pulls a magnitude towards its value at the task's start, not towards 0.

@@ -1,7 +1,8 @@
 """Self-distillation: distillation from the model at the task's start, on answers that it wrote itself.
 
-Source: the idea is that of SDFT, Shenfeld et al. 2026, arXiv 2601.19897 (in TRL: `trl.experimental.sdft`).
-This is the plain form that is LwF with the model's own answers in the place of the given ones.
+Source: the idea is that of SDFT, Shenfeld et al. 2026, https://arxiv.org/abs/2601.19897 (in TRL:
+`trl.experimental.sdft`). This is the plain form that is LwF with the model's own answers in the place of the
+given ones.
 
 Before a task, the model answers the task's training questions, as it answers tests. Then it trains as
 sequential LoRA with the loss

@@ -1,6 +1,6 @@
 """Sequential LoRA: a new adapter for every task, trained by the task's loss and merged; nothing is protected.
 
-Source: Hu et al. 2021, arXiv 2106.09685, for a single task.
+Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685, for a single task.
 
 A starts Kaiming-uniform and B at zero, both are trained, and s B A is added to the weights. Published for
 sequences (MCITlib, LLaVA): all linear layers of the language model, r 16 or 32, alpha 2 r, dropout 0.05.

@@ -1,6 +1,6 @@
 """SplitLoRA: adapters that read random directions outside of the ones that earlier tasks' inputs need.
 
-Source: Qiu et al., ICLR 2026, arXiv 2505.22370.
+Source: Qiu et al., ICLR 2026, https://arxiv.org/abs/2505.22370.
 
 Φ is the mean over all finished tasks of the mean of x xᵀ over a layer's inputs, S its eigenvalues, d its
 width. After t tasks the first n eigenvectors are protected, where n minimises
@@ -13,12 +13,13 @@ task A is Kaiming-uniform, whose expected squared norm is r / 3. Published for V
 Differences:
 
 - From the paper: it was read through the authors' README and code alone.
-- From the official code (iLearn-Lab/ICLR26-SplitLoRA): it protects at least two directions, here at least
-  one. It scales A to the norm of the Kaiming-uniform draw that it replaces, divided by t'; here to that
-  draw's root mean square norm. Its pass over the inputs sees augmented images, ten times the set; here the
-  task's data once. There every input weighs the same in Φ, so that a larger task weighs more; here every task
-  weighs the same, as a class prompt is read with every batch. k and v have a Φ each there, with the same
-  values; layers that read the same tensor share it here, and each has its own random A in both.
+- From the official code (https://github.com/iLearn-Lab/ICLR26-SplitLoRA): it protects at least two
+  directions, here at least one. It scales A to the norm of the Kaiming-uniform draw that it replaces, divided
+  by t'; here to that draw's root mean square norm. Its pass over the inputs sees augmented images, ten times
+  the set; here the task's data once. There every input weighs the same in Φ, so that a larger task weighs
+  more; here every task weighs the same, as a class prompt is read with every batch. k and v have a Φ each
+  there, with the same values; layers that read the same tensor share it here, and each has its own random A
+  in both.
 - The cross-entropy of the task's classes by prompts or answers replaces a classification head with a
   temperature and a learning rate of its own.
 - α is the option `plasticity`; the parts' alpha is the scale's, as in every method (`alpha` = rank for s 1).

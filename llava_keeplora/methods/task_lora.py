@@ -1,6 +1,6 @@
 """One LoRA per task, kept apart: every task is trained alone from the base, and a router picks one at test.
 
-Source: Zhao et al. 2025, arXiv 2506.05453 (MR-LoRA).
+Source: Zhao et al. 2025, https://arxiv.org/abs/2506.05453 (MR-LoRA).
 
 Every task trains a new LoRA on the untouched base, and nothing is merged, so a task that is routed right is
 answered as well as if it had been learned alone. `routing` says what picks the task of an example at test:
@@ -25,7 +25,7 @@ answered as well as if it had been learned alone. `routing` says what picks the 
 The adapter is added to the output of its layers, W_0 x + s B (A x), as a server of several LoRAs adds it; a
 batch is answered in one part per task that is picked in it.
 
-Differences from the official code (bjzhb666/MLLM-CL):
+Differences from the official code (https://github.com/bjzhb666/MLLM-CL):
 
 - There every adapter answers all test sets beforehand, and the router picks one of the answers; here the
   chosen adapter alone answers.
@@ -42,11 +42,12 @@ Differences from the official code (bjzhb666/MLLM-CL):
   alone counts, of at most 4 tokens, and where there is none the base answers.
 - Every task keeps the router that was trained after it, because answers after that task need it; the last one
   alone is needed to go on.
-- Prototypes are those of other methods: one per class as in ConDU (arXiv 2503.10705), and means of image and
-  text features as in DISCO (arXiv 2503.12897, as released in Ghy0501/MCITlib). DISCO's features are those of
-  a second CLIP, its released code compares the text alone, and its adapters are all used at once, weighted by
-  a softmax of the cosines at temperature 0.05; here one is used. `rejection` is in none of them; MoE-Adapters
-  (arXiv 2403.11549), too, leaves to the base what no task's training examples resemble, by auto-encoders.
+- Prototypes are those of other methods: one per class as in ConDU (https://arxiv.org/abs/2503.10705), and
+  means of image and text features as in DISCO (https://arxiv.org/abs/2503.12897, as released in
+  https://github.com/Ghy0501/MCITlib). DISCO's features are those of a second CLIP, its released code compares
+  the text alone, and its adapters are all used at once, weighted by a softmax of the cosines at temperature
+  0.05; here one is used. `rejection` is in none of them; MoE-Adapters (https://arxiv.org/abs/2403.11549),
+  too, leaves to the base what no task's training examples resemble, by auto-encoders.
 """
 
 from __future__ import annotations

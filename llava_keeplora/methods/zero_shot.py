@@ -1,7 +1,7 @@
 """The untouched pre-trained model, the first row of every table.
 
-Source of CLIP: Radford et al. 2021, arXiv 2103.00020. One prompt per class is used, as in MTIL; CLIP's paper
-uses ensembles of prompts.
+Source of CLIP: Radford et al. 2021, https://arxiv.org/abs/2103.00020. One prompt per class is used, as in
+MTIL; CLIP's paper uses ensembles of prompts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """ZSCL: fine-tuning of the whole CLIP, with distillation from the pre-trained model and weight averaging.
 
-Source: Zheng et al., ICCV 2023, arXiv 2303.06628.
+Source: Zheng et al., ICCV 2023, https://arxiv.org/abs/2303.06628.
 
 Every parameter but the temperature is trained. With F the unit-length features of a batch of reference
 images, G those of all reference texts, e^ls the temperature, Z = e^ls F Gᵀ, and D(P, Q) the mean over the
@@ -14,7 +14,7 @@ the result of the task; training itself continues from θ. Published for ViT-B/1
 (5e-5 for Aircraft and MNIST), no weight decay, batches of 64, 1000 steps with 100 of warm-up and a cosine
 schedule; 64 images of ImageNet per step and all validation captions of Conceptual Captions.
 
-Notes and differences from the official code (Thunderbeee/ZSCL):
+Notes and differences from the official code (https://github.com/Thunderbeee/ZSCL):
 
 - The "text" distillation, D of the transposed Z, trains the image encoder alone, since G is the pre-trained
   model's on both sides; this is what the official code does.

@@ -1,8 +1,10 @@
 """docs/methods.md: its table is what the records say, and its settings are a configuration."""
 
 import re
+import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from llava_keeplora.config import parse_config
@@ -35,3 +37,9 @@ def test_the_settings_are_a_configuration_of_every_method():
     assert list(config.methods) == [name for name, method in METHODS.items() if method.trainable]
     assert config.methods["inflora"].options == {"energy_step": 0.005}
     assert config.methods["o-lora"].parts["vision"].targets == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_docstring_of_a_methods_file_has_the_address_of_its_paper(name):
+    method = METHODS[name]
+    assert method.info.url in sys.modules[method.__module__].__doc__
