@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 STAGES = {"PREPARED", "TRAINED", "CONSOLIDATED", "EVALUATED"}
 
@@ -133,3 +134,42 @@ def test_a_guard_killed_in_its_answers_while_it_shrinks_and_while_it_rolls_back_
         ("stripes", "rollback", True),
         ("corners", None, True),
     ]
+
+
+@pytest.fixture
+def rows_with_a_state(run_tree, tiny_tasks):
+    """Function (folder) → a run of two methods that keep something of every task: ids of examples, and prototypes."""
+
+    def build(folder):
+        return run_tree(
+            folder,
+            tasks=[str(task) for task in tiny_tasks[:2]],
+            methods={"replay": {"share": 0.3, "ratio": 0.5}, "task-lora": {}},
+            training={"save_steps": 1},
+        )
+
+    return build
+
+
+@pytest.mark.slow
+def test_methods_with_a_state_of_their_own_killed_before_while_and_after_it_is_stored_end_with_the_same_files(
+    rows_with_a_state, left_behind, tmp_path
+):
+    whole, tree = rows_with_a_state(tmp_path / "whole"), rows_with_a_state(tmp_path / "run")
+    assert faults.start(whole, None, tmp_path / "places") is not None
+    in_method = [
+        ("TRAINED 1", "step", 2),
+        ("CONSOLIDATED 1", "file", 1),  # Half of the state.
+        ("CONSOLIDATED 1", "rename", 1),  # Whole, and without its name.
+        ("CONSOLIDATED 1", "journal", 1),  # There, and not known to be.
+        ("TRAINED 2", "batch", 2),  # In a batch with what was kept.
+        ("CONSOLIDATED 2", "journal", 1),
+        ("EVALUATED 2", "answers", 1),  # In answers that are routed by what was kept.
+    ]
+    for place in 2 * in_method:
+        assert faults.start(tree, place, tmp_path / "log") is None, place
+    assert faults.start(tree, None, tmp_path / "log") is not None
+    assert left_behind(tmp_path / "run") == left_behind(tmp_path / "whole")
+    for label, names in (("replay", {"replay"}), ("task-lora", {"prototypes"})):
+        states = sorted((tmp_path / "run" / label).glob("task-0[12]*/state.safetensors"))
+        assert [set(load_file(path)) for path in states] == [names, names]
