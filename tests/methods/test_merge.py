@@ -4,14 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from llava_keeplora.adapters import Delta, FullDelta, load_deltas
-from llava_keeplora.adapters.task_vectors import ties
+from llava_keeplora.adapters import BaseWeights, Delta, FullDelta, load_deltas
+from llava_keeplora.adapters.task_vectors import scale_deltas, ties
 from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.export.adapter import combine
 from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.export.run_export import export_run
-from llava_keeplora.methods import METHODS
+from llava_keeplora.methods import METHODS, AnswerContext
 from llava_keeplora.methods.condu import Unified, unify
 from llava_keeplora.models import Prepared
 from llava_keeplora.testing import check_method
@@ -25,6 +26,7 @@ METHODS_RUN = {
     "mean": {"method": "merge"},
     "start": {"method": "merge", "rule": "wise-ft", "alpha": 0.0},
     "condu": {"method": "merge", "rule": "condu", "routing": "oracle"},
+    "nearest": {"method": "merge", "rule": "condu"},
     "end": {"method": "merge", "rule": "wise-ft", "alpha": 1.0},
 }
 
@@ -250,6 +252,74 @@ def test_condu_answers_with_the_given_task_s_decoupled_update_and_else_with_the_
     told = read_predictions(predictions(finished, "condu", 1, learned.recipes[1]), data)
     expected = base.predictor(data.recipe, Prepared(base, data)).predict(list(data))
     assert [told[key] for key in data.ids] == expected
+
+
+def decoupled_by_definition(first, second):
+    """The changes of two tasks, layer → weight, as they are decoupled from the unified change after the second."""
+    held, kept = [first, second], [{}, {}]
+    for name in first:
+        changes = torch.stack([task[name] for task in held])
+        sign = torch.where(changes.mean(dim=0) > 0, 1.0, -1.0)
+        agreeing = changes * sign > 0
+        largest = torch.where(agreeing, changes.abs(), torch.zeros(())).amax(dim=0) * sign
+        for task in (0, 1):
+            kept[task][name] = largest * agreeing[task]
+    # One factor per task, of its mean magnitudes summed over all layers.
+    factors = [
+        sum(float(change.abs().mean()) for change in h.values())
+        / sum(float(change.abs().mean()) for change in k.values())
+        for h, k in zip(held, kept)
+    ]
+    return [{name: factor * change for name, change in k.items()} for factor, k in zip(factors, kept)]
+
+
+def directions_by_definition(base, recipe):
+    """A task's prototypes: the unit mean of a class's mean feature and its prompt's."""
+    train = load_split(recipe, "train")
+    predictor, found = base.predictor(recipe, Prepared(base, train)), []
+    for label, prompt in enumerate(predictor.class_features().double()):
+        images = predictor.features([train[i] for i in range(len(train)) if train[i].label == label])
+        mean = (images.double().mean(dim=0) + prompt) / 2
+        found.append(mean / mean.norm())
+    return torch.stack(found)
+
+
+def expected_answers(learned, deltas, data):
+    """Of the decoupled model of the task whose prototype is nearest; of each of the two models; the tasks."""
+    base = learned.load(deltas=[])
+    updates = [{name: delta.dense().double() for name, delta in task.items()} for task in deltas]
+    models = [
+        learned.load(deltas=[{name: FullDelta({"weight": w.float()}) for name, w in changes.items()}])
+        for changes in decoupled_by_definition(*updates)
+    ]
+    directions = [directions_by_definition(base, recipe) for recipe in learned.recipes]
+    features = base.predictor(data.recipe, Prepared(base, data)).features(list(data)).double()
+    cosines = torch.stack([(features @ own.T).amax(dim=1) for own in directions], dim=1)
+    tasks = cosines.argmax(dim=1).tolist()
+    texts = [m.predictor(data.recipe, Prepared(m, data)).predict(list(data)) for m in models]
+    return [texts[task][row] for row, task in enumerate(tasks)], texts, tasks
+
+
+def test_condu_with_prototypes_answers_each_example_with_the_decoupled_model_of_the_nearest_task(finished):
+    learned = load_learned_run(finished, "nearest")
+    assert delta_bytes(finished, "nearest") == delta_bytes(finished, "condu")
+    for recipe in learned.recipes:
+        data = load_split(recipe, "test")
+        told = read_predictions(predictions(finished, "nearest", 2, recipe), data)
+        assert [told[key] for key in data.ids] == expected_answers(learned, learned.deltas, data)[0]
+    # With larger updates the two models answer differently.
+    large, base = [scale_deltas(task, 50.0) for task in learned.deltas], learned.load(deltas=[])
+    method, folders = learned.method, sorted((finished / "nearest").glob("task-0[12]*"))
+    method.load_state_dicts([{}, *(load_file(folder / "state.safetensors") for folder in folders)])
+    layers = BaseWeights({name: base.model.get_submodule(name) for name in large[0]})
+    data = load_split(learned.recipes[1], "train")
+    ctx = AnswerContext(
+        data.recipe.name, [r.name for r in learned.recipes], lambda: large, base.model, layers
+    )
+    predictor = method.predictor_of(base.predictor(data.recipe, Prepared(base, data)), ctx)
+    expected, texts, tasks = expected_answers(learned, large, data)
+    assert predictor.predict(list(data)) == expected
+    assert set(tasks) == {0, 1} and expected not in texts, "neither model alone would answer so"
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
