@@ -153,6 +153,51 @@ def test_the_update_has_equal_singular_values_and_merges_exactly():
     assert float(S[RANK:].max()) < 1e-6 and ctx.report["scales"][part.name] == pytest.approx(-0.3)
 
 
+@pytest.mark.parametrize(("step_scale", "widths"), [("rank", (RANK, RANK)), ("width", (IN, OUT))])
+def test_steps_of_u_and_v_alone_are_retracted_and_divided_by_the_root_of_the_rank_or_of_their_width(
+    step_scale, widths
+):
+    part, method = layer(), EbLora(EbLora.Options(dropout=0.0, step_scale=step_scale))
+    method.after_task(context(part, torch.randn(OUT, IN)))
+    F, free = method.bases[part.name].double(), torch.zeros(OUT, 0, dtype=torch.float64)
+    assert F.shape[1] > 0
+    ctx = context(part, torch.randn(OUT, IN), 2)
+    init = method.init_adapters(ctx)[part.name]
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.layers = nn.ModuleList([nn.ModuleDict({"q": part.module})])
+    wrapper = attach(model, {part.name: init})
+    model.projector = nn.Linear(4, 4)  # Trained in full.
+    with method.training_context(ctx, model):
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        (A,) = (p for name, p in trained.items() if name.endswith("lora_A.default.weight"))
+        (B,) = (p for name, p in trained.items() if name.endswith("lora_B.default.weight"))
+        (s,) = (p for name, p in trained.items() if name.endswith("between.weight"))
+        others = [s, *model.projector.parameters()]
+        assert len(trained) == 2 + len(others)
+        plain = [nn.Parameter(p.detach().clone()) for p in others]
+        groups = [{"params": list(trained.values()), "lr": 0.01, "weight_decay": 0.1}]
+        optimizer = method.create_optimizer(ctx, torch.optim.AdamW(groups))
+        adam = torch.optim.AdamW(plain, lr=0.01, weight_decay=0.1)
+        V, U = A.detach().T.double(), B.detach().double()
+        states = [{"m": 0.0, "v": 0.0, "t": 0} for _ in range(2)]
+        for _ in range(3):
+            for p in trained.values():
+                p.grad = torch.randn_like(p)
+            for p, own in zip(others, plain, strict=True):
+                own.grad = p.grad.clone()
+            gradients = A.grad.T.double(), B.grad.double()
+            optimizer.step()
+            adam.step()
+            scales = [math.sqrt(width / 4096) for width in widths]
+            V = naive_step(V, gradients[0], F, states[0], lr=0.01, decay=0.1, scale=scales[0])
+            U = naive_step(U, gradients[1], free, states[1], lr=0.01, decay=0.1, scale=scales[1])
+            torch.testing.assert_close(A.detach().T.double(), V, atol=1e-5, rtol=0)
+            torch.testing.assert_close(B.detach().double(), U, atol=1e-5, rtol=0)
+            assert all(torch.equal(p, own) for p, own in zip(others, plain, strict=True))
+    detach(wrapper)
+
+
 def test_s_starts_lower_in_later_blocks():
     layers = {name: layer(name) for name in ("m.layers.0.q", "m.layers.1.q", "m.layers.4.q", "connector.q")}
     starts = EbLora(EbLora.Options(scale_start=0.002, scale_slope=0.006))._scale_starts(layers)
