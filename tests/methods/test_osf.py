@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from llava_keeplora.adapters import load_deltas
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError, MethodError
+from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.methods import METHODS, Layer, TaskContext
 
 Osf = METHODS["osf"]
@@ -94,6 +96,27 @@ def test_the_frozen_share_grows_with_the_tasks_and_leaves_a_direction():
     ctx = TaskContext(1, "t", {"l": layer}, None, None, 0, 0)
     method.after_task(ctx)
     assert ctx.report["capacity"]["l"] == {"in": 10, "k": 6, "part": "vision"}
+
+
+def test_a_second_task_freezes_the_strong_directions_of_the_weight_with_the_first_tasks_change(
+    run_config, driven, tiny_tasks, tmp_path
+):
+    tasks = [str(path) for path in tiny_tasks[:2]]
+    run = driven(run_config(tmp_path / "run", methods={"osf": {}}, tasks=tasks))
+    base, first, second = load_learned_run(run, "osf").load(deltas=[]).model, *deltas_of(run)
+    leaks = []
+    for name, delta in second.items():
+        W, change = base.get_submodule(name).weight.detach().double(), delta.dense().double()
+        U, Vh = strong(W + first[name].dense().double())
+        assert float(change.norm()) > 1e-2
+        assert float((change @ Vh.T).norm() / change.norm()) < 1e-4
+        assert float((U.T @ change).norm() / change.norm()) < 1e-4
+        leaks.append(float((change @ strong(W)[1].T).norm() / change.norm()))
+    assert max(leaks) > 0.1, "in some layers, those of the base are others"
+
+
+def deltas_of(run):
+    return [load_deltas(path) for path in sorted((run / "osf").glob("task-*/delta.safetensors"))]
 
 
 def test_wrong_settings_and_quantised_weights_are_refused(monkeypatch):
