@@ -1,5 +1,7 @@
 """The identities of NuSA-CL: only M trains, between bases of the current weight's tail."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -103,6 +105,24 @@ def test_capacity_counts_the_principal_directions():
     NusaCl(NusaCl.Options()).after_task(ctx)
     k = int((S.cumsum(0) / S.sum() < ENERGY).sum()) + 1
     assert ctx.report["capacity"]["layer"] == {"in": 9, "k": k, "part": "vision"}
+
+
+def test_nothing_is_kept_of_a_task_and_no_data_are_read_for_it_but_by_its_training(
+    run_config, driven, tiny_tasks, tmp_path
+):
+    tasks, methods = [str(path) for path in tiny_tasks[:2]], {"nusa-cl": {}, "keeplora": {}}
+    run = driven(run_config(tmp_path / "run", methods=methods, tasks=tasks))
+    passes, states = {}, {}
+    for label in methods:
+        entries = [json.loads(line) for line in (run / label / "journal.jsonl").read_text().splitlines()]
+        assert sum(entry["stage"] == "TRAINED" for entry in entries) == 2
+        passes[label] = [entry["info"]["passes"] for entry in entries if "passes" in entry["info"]]
+        states[label] = [path.name for path in run.glob(f"{label}/task-*/state.safetensors")]
+    assert not passes["nusa-cl"] and not states["nusa-cl"] and not list(run.glob("nusa-cl/task-*/kept.*"))
+    assert passes["keeplora"] and states["keeplora"]
+    method, ctx = NusaCl(NusaCl.Options()), context(layer(WIDE))
+    method.after_task(ctx)
+    assert method.state_dict() == {} and method.holds(ctx, ()) == {}
 
 
 def test_wrong_settings_are_refused():
