@@ -12,6 +12,7 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import open_model
 from llava_keeplora.models.layouts import LAYOUTS
 from llava_keeplora.saved_run import extended
+from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.video_inputs import LAYOUTS as VIDEO_LAYOUTS
 from llava_keeplora_recipes import load_recipe, load_split
 from small_vlms import SMALL_VLMS
@@ -21,7 +22,7 @@ PART = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
 
 @pytest.fixture
 def vlm_config(small_vlm, mixed_tasks):
-    def build(kind, folder, tasks=2, training=(), recipes=None, **model):
+    def build(kind, folder, tasks=2, training=(), recipes=None, methods=None, **model):
         model = {"name_or_path": str(small_vlm(kind))} | model
         config = ModelConfig(**model)
         return parse_config(
@@ -30,7 +31,7 @@ def vlm_config(small_vlm, mixed_tasks):
                 "tasks": [str(path) for path in recipes or (mixed_tasks[0], mixed_tasks[2])][:tasks],
                 "model": model,
                 "parts": {part: dict(PART) for part in model.get("parts", open_model(config).targets)},
-                "methods": {"keeplora": {}},
+                "methods": methods or {"keeplora": {}},
                 "training": {
                     "num_train_epochs": 1,
                     "per_device_train_batch_size": 8,
@@ -68,6 +69,24 @@ def test_a_stopped_run_and_an_extended_one_end_as_an_undisturbed_one(
         name: sha for name, sha in outcome(tmp_path / "whole").items() if name.endswith(".safetensors")
     }
     assert tensors and tensors.items() <= outcome(tmp_path / "extended").items()
+
+
+@pytest.mark.slow
+def test_the_bounds_of_a_model_other_than_llava_end_as_the_bound_row_of_the_matrix(
+    vlm_config, driven, tmp_path
+):
+    run = driven(vlm_config("qwen2_5_vl", tmp_path / "run", methods={"individual": {}, "joint": {}}))
+    answered = {"individual": ["01/questions", "02/corners"], "joint": ["02/corners", "02/questions"]}
+    for label, expected in answered.items():
+        matrix = Matrix.from_json(run / label / "matrix.json")
+        assert matrix.bound and matrix.rows[0] == [None, None]
+        (_, cells), (name, scores) = matrix.labelled_rows()
+        assert name == "bound" and scores == matrix.rows[1] and None not in [*cells, *scores]
+        assert matrix.metrics()["last"] == sum(scores) / 2
+        paths = sorted((run / label).glob("task-0[12]-*/predictions/*.jsonl"))
+        assert [f"{path.parts[-3][5:7]}/{path.stem}" for path in paths] == expected
+        last = load_deltas(next((run / label).glob("task-02-*/delta.safetensors")))
+        assert last and any(bool(delta.dense().any()) for delta in last.values())
 
 
 @pytest.mark.slow
