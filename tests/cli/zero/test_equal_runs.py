@@ -102,6 +102,7 @@ LATER = {
     "nusa-cl": ({"dropout": 0.0}, ("zero-2", "zero-3")),
     "splitlora": ({}, ("zero-2", "zero-3")),
     "merge": ({}, ("zero-2", "zero-3")),
+    "ties": ({"method": "merge", "rule": "ties"}, ("zero-2", "zero-3")),
     "task-lora": ({}, ("zero-2",)),
     "ewc": ({"strength": 1000.0}, ("zero-2",)),
     "reglora": ({"strength": 1.0}, ("zero-2",)),
@@ -202,6 +203,8 @@ def test_every_later_method_ends_in_two_processes_as_in_one(
     assert (
         len(later) >= (label != "joint") and first < 1e-5 and max(later, default=0.0) < max(1e-5, turned)
     ), apart
+    if label == "ties":  # Its updates are those of `merge`; how they are merged shows in the answers alone.
+        assert answers(tmp_path / "one", label) == answers(tmp_path / "two", label)
 
 
 #: Forms of later methods that the names alone do not run; each as one row of the same run.
