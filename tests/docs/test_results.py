@@ -33,6 +33,7 @@ UNDRAWN = {
     "eblora, distillation 3",
     "eblora, distillation 10",
     "balanced, random A",
+    "balanced, rejection",
 }
 NAMES = {"Transfer": "transfer", "Average": "average", "Last": "last", "Forgetting": "forgetting"}
 
