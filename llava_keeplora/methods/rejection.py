@@ -13,7 +13,7 @@ for one that it answers), and prototypes, so that the result is no longer one se
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -87,6 +87,11 @@ class RejectingMethod(ProtectingMethod):
     def prototype_holding(self, ctx: TaskContext) -> dict[str, Holding]:
         """Return the prototypes that a task's state holds."""
         return self.prototypes.holds() if ctx.index and self.prototypes.rejection else {}
+
+    def answer_bytes(self, dense: Mapping[str, int], delta: int, tasks: int) -> tuple[int, int]:
+        """Return the bytes of every task's update, which is put back after the base has answered."""
+        kept, answering = super().answer_bytes(dense, delta, tasks)
+        return kept, answering + (tasks * delta if self.prototypes.rejection else 0)
 
     def predictor_of(self, predictor: Predictor, ctx: AnswerContext) -> Predictor:
         """Return the method's predictor, or one that leaves to the base what it rejects."""

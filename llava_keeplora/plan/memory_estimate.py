@@ -204,8 +204,13 @@ class MemoryEstimate(Sizes):
 
     @cached_property
     def _features(self) -> Peak:
-        if not self.subspaces:
-            return self._prototypes
+        passes = [self._directions] if self.subspaces else []
+        passes += [self._prototypes] if self.method.keeps_prototypes else []
+        return Peak(*(max(peak) for peak in zip(*((one.device, one.host) for one in passes))))
+
+    @cached_property
+    def _directions(self) -> Peak:
+        """Peak of taking the directions that a task's features add to the subspaces."""
         if not self.subspaces.protects_features:
             return self._sum(0, tasks=0)
         if self.subspaces.features_from_gradient:

@@ -88,6 +88,8 @@ def estimates(llava_tree, mixed_tasks):
         "trained": {"method": "task-lora", "routing": "model"},
         "few": {"method": "replay", "general": str(mixed_tasks[2]), "general_examples": 3},
         "all": {"method": "replay", "general": str(mixed_tasks[2])},
+        "open": {"method": "keeplora"},
+        "wary": {"method": "keeplora", "rejection": 0.1},
     }
     tree = llava_tree("unset", methods=methods, tasks=[str(mixed_tasks[i]) for i in (0, 1)])
     return _Scenarios(parse_config(tree), Machine(1, 10**12)).at({})
@@ -108,6 +110,8 @@ def test_prototypes_are_a_pass_of_features_and_a_row_of_every_task(estimates):
         False,
         False,
         False,
+        True,
+        True,
     ]
     examples = max(work.train for work in nearest.work)
     # The examples' features once more as one matrix, beside the first task's prototype.
@@ -117,6 +121,18 @@ def test_prototypes_are_a_pass_of_features_and_a_row_of_every_task(estimates):
     assert [e.state_bytes(2) for e in (nearest, given)] == [2 * 4 * width, 0]
     answers = given.peak("evaluate").device
     assert 0.5 * answers <= nearest.peak("features").device <= 2 * answers
+
+
+def test_rejection_adds_the_pass_and_the_rows_of_prototypes_and_in_answers_every_update(estimates):
+    nearest, open_, wary = (estimates[label] for label in ("nearest", "open", "wary"))
+    rows = nearest.state_bytes(2)
+    assert (open_.state_bytes(2), wary.state_bytes(2)) == (0, rows)
+    assert host(wary, "train") - host(open_, "train") == rows // 2  # The first task's.
+    updates = 2 * 4 * wary.delta_numbers
+    assert host(wary, "evaluate") - host(open_, "evaluate") == rows + updates
+    of_directions, of_prototypes, both = (e.peak("features") for e in (open_, nearest, wary))
+    assert both.device == max(of_directions.device, of_prototypes.device)
+    assert both.host >= of_directions.host
 
 
 def test_answers_of_updates_kept_apart_hold_all_of_them_and_condu_its_unified_change(estimates):
