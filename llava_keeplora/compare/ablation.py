@@ -84,8 +84,11 @@ def load_ablation(
     job = make_job(table, method, table.orders[0], 0, method, settings)
     parts = parse_config(job.tree).methods[method].parts
     adapted = [name for name, part in parts.items() if part.train == "adapter"]
-    names = {label: of_label.get("method", label) for label, of_label in table.methods.items()}
-    bounds = tuple(label for label, name in names.items() if name in METHODS and METHODS[name].bound)
+    bounds = tuple(
+        label
+        for label, name in _names(table).items()
+        if isinstance(name, str) and name in METHODS and METHODS[name].bound
+    )
     methods = {label: table.methods[label] for label in bounds} | {method: settings}
     methods |= {f"{method}-{end}": merged(settings, options) for end, options in WITHOUT.items()}
     sweeps = {}
@@ -101,13 +104,18 @@ def load_ablation(
     return Ablation(Table(folder, table.run, methods, table.orders), method, sweeps, bounds)
 
 
+def _names(table: Table) -> dict[str, Any]:
+    """Return label → the name of its method."""
+    return {label: settings.get("method", label) for label, settings in table.methods.items()}
+
+
 def _ablated_method(table: Table, name_or_path: str) -> tuple[str, dict[str, Any]]:
     """Return label and settings of the method to ablate: KeepLoRA, else the first plug-in with its options.
 
     Raises:
         ConfigError: the table has neither.
     """
-    names = {label: settings.get("method", label) for label, settings in table.methods.items()}
+    names = _names(table)
     for label, name in names.items():
         if name == METHOD:
             return METHOD, {"method": METHOD, **table.methods[label]}

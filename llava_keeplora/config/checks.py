@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora.config.coerce import as_mapping
-from llava_keeplora.config.schema import RunConfig
+from llava_keeplora.config.schema import MethodConfig, RunConfig
 from llava_keeplora.config.training_args import read_deepspeed
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.registries import METHODS
@@ -106,8 +106,7 @@ def check_adopting(config: RunConfig) -> None:
     """
     task = next((task for task, source in zip(config.tasks, config.adopted) if source), None)
     for label, method in config.methods.items() if task else ():
-        cls = METHODS[method.method]
-        if not cls(cls.Options(**method.options)).adopts:
+        if not _made(method).adopts:
             takers = ", ".join(name for name, cls in METHODS.items() if cls.adopts)
             raise ConfigError(
                 f"'{label}' cannot take over task '{load_recipe(task).name}', which was trained elsewhere",
@@ -115,10 +114,15 @@ def check_adopting(config: RunConfig) -> None:
             )
 
 
+def _made(method: MethodConfig) -> Any:
+    """Return a method with its settings, on which what it can do depends."""
+    cls = METHODS[method.method]
+    return cls(cls.Options(**method.options))
+
+
 def _check_zero3(config: RunConfig) -> None:
     for label, method in config.methods.items():
-        cls = METHODS[method.method]
-        if not (instance := cls(cls.Options(**method.options))).supports_zero3:
+        if not (instance := _made(method)).supports_zero3:
             raise ConfigError(
                 f"the DeepSpeed configuration has zero_optimization.stage 3, but '{label}' ({method.method}) "
                 f"{instance.zero3_conflict}",
@@ -133,8 +137,7 @@ def check_own_optimizer(config: RunConfig) -> None:
         ConfigError: naming the method and the setting.
     """
     for label, method in config.methods.items():
-        cls = METHODS[method.method]
-        if not cls(cls.Options(**method.options)).own_optimizer:
+        if not _made(method).own_optimizer:
             continue
         if method.training.get("deepspeed"):
             raise ConfigError(

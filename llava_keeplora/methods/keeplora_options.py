@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.presets import RULES
+from llava_keeplora.methods.prototypes import check_rejection
 from llava_keeplora.methods.shares import AUTO, check_fraction
 
 CHOICES = {
@@ -73,6 +74,7 @@ def check_options(options: Any) -> None:
             "does not start",
             "set form to 'delta', or distillation to 0",
         )
+    check_rejection(options.rejection)
     if options.gradient == "sketch" and RULES[options.preset].gradient == "dense":
         raise MethodError(
             f"gradient is 'sketch', but the preset '{options.preset}' sums gradients in full, as the "

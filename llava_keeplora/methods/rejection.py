@@ -24,7 +24,7 @@ from torch import Tensor
 from llava_keeplora.adapters import BaseWeights, Deltas
 from llava_keeplora.methods.base import AnswerContext, Holding, TaskContext
 from llava_keeplora.methods.protecting import ProtectingMethod
-from llava_keeplora.methods.prototypes import Prototypes, check_rejection
+from llava_keeplora.methods.prototypes import Prototypes
 from llava_keeplora.methods.switching import BASE
 from llava_keeplora.run_folder import Stage
 from llava_keeplora_eval.predictors import Predictor
@@ -46,12 +46,7 @@ class RejectingMethod(ProtectingMethod):
         self.prototypes = Prototypes()
 
     def reject(self, share: float) -> None:
-        """Set the share of a task's own examples that may be left to the base; in a method's `__init__`.
-
-        Raises:
-            MethodError: it is no share.
-        """
-        check_rejection(share)
+        """Set the share of a task's own examples that may be left to the base; in a method's `__init__`."""
         self.prototypes = Prototypes(share)
         if not share:
             return
