@@ -8,10 +8,11 @@ for the example and that the metric doesn't compare is `near`:
   sentence around it, a number word for digits), or its words are part of the answer, unless the answer is
   word for word the accepted answer of another example ("hot dog" for "dog").
 - `off by one`: the only number in it differs by one from an accepted whole number.
-- `near`: close to an accepted text in its words: singular for plural, the same words in another order, or one
-  is the end of the other ("dog" for "brown dog"). That says nothing about meanings: synonyms with other
-  words, "sofa" for "couch", need a model to be seen and are `other`, and "hot dog" for "dog" is `near` where
-  it is the answer of another example.
+- `near`: close to an accepted text: singular for plural, the same words in another order, one is the end of
+  the other ("dog" for "brown dog"), or a synonym of the list in `synonyms` ("brown sofa" for "brown couch"),
+  unless the answer is word for word the accepted answer of another example: a task that asks for both "boat"
+  and "ship" tells them apart. Synonyms that the list lacks need a model to be seen and are `other`, and "hot
+  dog" for "dog" is `near` where it is the answer of another example.
 - `other`: everything else.
 """
 
@@ -29,6 +30,7 @@ from llava_keeplora_eval.answer_forms import (
     read_number,
     words_only,
 )
+from llava_keeplora_eval.synonyms import GROUPS
 from llava_keeplora_eval.vqa_text import ARTICLES, NUMBERS
 from llava_keeplora_recipes.texts import is_blank
 
@@ -61,7 +63,9 @@ def error_class(
         return FORMAT
     if any(_off_by_one(text, answer) for answer in answers):
         return OFF_BY_ONE
-    return NEAR if any(_near(text, answer) for answer in answers) else OTHER
+    if any(_near(text, answer) for answer in answers):
+        return NEAR
+    return NEAR if not whole and any(_synonyms(text, answer) for answer in answers) else OTHER
 
 
 def _off_by_one(text: str, answer: str) -> bool:
@@ -81,6 +85,22 @@ def _near(text: str, answer: str) -> bool:
     return ends or sorted(given) == sorted(expected)
 
 
+def _synonyms(text: str, answer: str) -> bool:
+    return _one_term_each(_stems(text)) == _one_term_each(_stems(answer)) != []
+
+
+def _one_term_each(words: Sequence[str]) -> list[str]:
+    """Return words with each term of a group of synonyms, longest first, as the group's first term."""
+    replaced: list[str] = []
+    at = 0
+    while at < len(words):
+        sizes = range(min(_LONGEST, len(words) - at), 0, -1)
+        size = next((n for n in sizes if tuple(words[at : at + n]) in _TERMS), 0)
+        replaced += _TERMS[tuple(words[at : at + size])] if size else words[at : at + 1]
+        at += size or 1
+    return replaced
+
+
 def _stems(text: str) -> list[str]:
     """Return a text's words in the singular, without articles and with digits for number words."""
     words = [NUMBERS.get(word, word) for word in words_only(text).split()]
@@ -94,6 +114,11 @@ def _singular(word: str) -> str:
         return word[:-2]
     plural = len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is"))
     return word[:-1] if plural else word
+
+
+#: Words of a term → the words of the first term of its group.
+_TERMS = {tuple(_stems(term)): _stems(group[0]) for group in GROUPS for term in group}
+_LONGEST = max(map(len, _TERMS))
 
 
 def count_classes(classes: Iterable[str]) -> dict[str, int]:

@@ -2,8 +2,11 @@
 
 import pytest
 
+from llava_keeplora_eval.answer_forms import words_only
 from llava_keeplora_eval.error_classes import error_class, top_confusions
 from llava_keeplora_eval.metrics import METRICS
+from llava_keeplora_eval.synonyms import GROUPS
+from llava_keeplora_eval.vqa_text import ARTICLES, NUMBERS
 
 #: (answer, accepted texts, the class of the error).
 WRONG = [
@@ -31,18 +34,34 @@ WRONG = [
     ("hot dog", ["dog"], "near"),
     ("walking dog", ["dog walking"], "near"),
     ("black dog", ["brown dog"], "other"),
-    ("sofa", ["couch"], "other"),
+    ("sofa", ["couch"], "near"),
+    ("A brown sofa.", ["brown couches"], "near"),
+    ("garbage can", ["trash can"], "near"),
+    ("motorbikes", ["2 dogs", "motorcycle"], "near"),
+    ("brown sofa", ["black couch"], "other"),
+    ("ship", ["boat"], "other"),
+    ("hat", ["mouse"], "other"),
     ("no", ["yes"], "other"),
     ("C", ["B"], "other"),
     ("glass", ["gla"], "other"),
 ]
 #: Accepted texts of other examples.
-KNOWN = {"hot dog", "black dog", "walking dog", "dogs", "no", "3", "4"}
+KNOWN = {"hot dog", "black dog", "walking dog", "dogs", "no", "3", "4", "ship", "boat"}
 
 
 @pytest.mark.parametrize(("text", "answers", "expected"), WRONG)
 def test_an_error_is_of_the_first_class_that_it_fits(text, answers, expected):
     assert error_class(text, answers, answers, KNOWN, lenient=False) == expected
+
+
+def test_a_term_has_one_group_of_synonyms_and_no_group_an_article_or_a_number():
+    terms = [words_only(term) for group in GROUPS for term in group]
+    assert sorted(terms) == sorted({*terms})
+    assert all(
+        term == words_only(term) and {*term.split()}.isdisjoint({*ARTICLES, *NUMBERS}) for term in terms
+    )
+    pairs = [(a, b) for group in GROUPS for a in group for b in group if a != b]
+    assert {error_class(a, [b], [b], (), lenient=False) for a, b in pairs} == {"near", "format"}
 
 
 def test_what_the_lenient_reader_of_a_metric_accepts_is_format():
