@@ -14,9 +14,10 @@ B towards W'. `form: delta` is the former and the default, `form: literal` the l
 CVPR 2022, https://arxiv.org/abs/2109.01903): less is learned of a task, and disproportionately less is lost
 of everything else. The features of M_t are those of the interpolated model. It is no part of the paper.
 
-`distillation: λ` keeps the image features of a model of two encoders near those of the task's start, see
-`kept_features.py`, and `rejection: q` leaves to the untouched base what resembles no learned task, see
-`rejection.py`. They are no part of the paper either.
+`update_bound: c` bounds a layer's update by what its weight does in the free directions, see
+`update_bound.py`, `distillation: λ` keeps the image features of a model of two encoders near those of the
+task's start, see `kept_features.py`, and `rejection: q` leaves to the untouched base what resembles no
+learned task, see `rejection.py`. They are no part of the paper either.
 
 Differences from the paper:
 
@@ -70,6 +71,7 @@ from llava_keeplora.methods.kept_features import KeptFeatures
 from llava_keeplora.methods.layers import in_layer, unsure_layers
 from llava_keeplora.methods.presets import RULES, least_statistics
 from llava_keeplora.methods.shares import AUTO, Share, read_features
+from llava_keeplora.methods.update_bound import bounded_deltas
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.subspace import (
     FeatureDirections,
@@ -116,6 +118,8 @@ class KeepLora(KeptFeatures):
             plasticity: α of the rule `splitlora`; more leaves more directions free.
             interpolation: λ, the share of a task's update that is merged; 1 is the whole of it. Parts that
                 are trained in full keep the whole. The preset's when None.
+            update_bound: c, the largest norm of a layer's update relative to that of its weight outside
+                M'; of a longer update the share that reaches it is merged. None for no bound.
             distillation: λ, the weight of keeping the task's image features near those of its start, on a
                 model of two encoders; 0 for none. The preset's when None.
             rejection: the largest share of a task's training examples that may be taken for none of its kind;
@@ -133,6 +137,7 @@ class KeepLora(KeptFeatures):
         feature_rule: str = "energy"
         plasticity: float = 20.0
         interpolation: float | None = None
+        update_bound: float | None = None
         distillation: float | None = None
         rejection: float = 0.0
 
@@ -398,10 +403,12 @@ class KeepLora(KeptFeatures):
         )
 
     def finalize_deltas(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Deltas:
-        """Return λ ΔW of every adapted layer, which puts the model between the task's start and its end.
+        """Return λ ΔW of every adapted layer, no longer than the bound, between the task's start and its end.
 
         Modules that are trained in full are not among them, and keep the whole change.
         """
+        if self.options.update_bound is not None:
+            deltas = bounded_deltas(ctx, deltas, self.bases, self.options.update_bound)
         return deltas if self.interpolation == 1.0 else scale_deltas(deltas, self.interpolation)
 
     def project(self, ctx: TaskContext, deltas: Deltas) -> Deltas:

@@ -63,6 +63,17 @@ def check_options(options: Any) -> None:
             f"interpolation must be in (0, 1] (got {options.interpolation})",
             "set it to 1 to merge the whole of a task's update",
         )
+    if options.update_bound is not None and not 0.0 < options.update_bound < math.inf:
+        raise MethodError(
+            f"update_bound must be a positive number (got {options.update_bound})",
+            "set it to null for no bound",
+        )
+    if options.update_bound is not None and (options.form or RULES[options.preset].form) == "literal":
+        raise MethodError(
+            "update_bound is relative to the weight at the task's start, from which the literal form does "
+            "not start",
+            "set form to 'delta', or update_bound to null",
+        )
     if options.distillation is not None and not 0.0 <= options.distillation < math.inf:
         raise MethodError(
             f"distillation must be 0 or a positive number (got {options.distillation})",

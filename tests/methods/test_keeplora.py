@@ -287,6 +287,32 @@ def test_an_interpolated_update_is_that_share_of_what_training_learned():
     assert torch.equal(whole.dense(), Delta(A, B, 2.0).dense())
 
 
+def test_an_update_is_bounded_by_the_norm_of_the_weight_outside_of_the_protected_subspace():
+    method, ctx = started({"update_bound": 0.5}), layer_context()
+    weight, basis = ctx.layers["layer"].module.weight.detach().double(), method.bases["layer"].double()
+    largest = 0.5 * float(torch.linalg.norm(weight - weight @ basis @ basis.T))
+    A, B = torch.randn(2, 10), torch.randn(6, 2)
+    long = Delta(A, B, 2.0 * largest / float((B @ A).norm()))
+    (merged,) = method.finalize_deltas(ctx, {"layer": long}).values()
+    torch.testing.assert_close(merged.dense(), 0.5 * long.dense())
+    assert float(merged.dense().double().norm()) == pytest.approx(largest)
+    assert ctx.report["update_shares"] == {"layer": pytest.approx(0.5)}
+    short = Delta(A, B, 0.5 * long.scale)
+    (whole,) = method.finalize_deltas(ctx, {"layer": Delta(A, B, 0.99 * short.scale)}).values()
+    assert torch.equal(whole.dense(), Delta(A, B, 0.99 * short.scale).dense())
+    (none,) = method.finalize_deltas(ctx, {"layer": Delta(A, torch.zeros_like(B), 1.0)}).values()
+    assert not none.dense().any() and ctx.report["update_shares"] == {"layer": 1.0}
+
+
+def test_a_bound_on_updates_is_positive_and_of_the_form_that_starts_at_the_weight():
+    for bound in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(MethodError, match="update_bound must be a positive number"):
+            KeepLora.Options(update_bound=bound)
+    for form in ({"form": "literal"}, {"preset": "released-clip"}):
+        with pytest.raises(MethodError, match="from which the literal form does not start"):
+            KeepLora.Options(update_bound=0.5, **form)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
 def test_an_interpolation_outside_of_0_and_1_is_refused(share):
     with pytest.raises(MethodError, match=r"interpolation must be in \(0, 1\]"):
