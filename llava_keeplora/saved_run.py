@@ -47,7 +47,12 @@ logger = logging.getLogger(__name__)
 
 #: Settings of methods that older versions did not have → their default, with which a run has the identity of
 #: one without them.
-LATER_OPTIONS: dict[str, Any] = {"feature_rule": "energy", "plasticity": 20.0, "rejection": 0.0}
+LATER_OPTIONS: dict[str, Any] = {
+    "feature_rule": "energy",
+    "plasticity": 20.0,
+    "rejection": 0.0,
+    "update_bound": None,
+}
 #: Settings of methods whose default was another one in older versions → the default then and now.
 CHANGED_DEFAULTS: dict[str, Any] = {"gradient_fraction": (1.0, "auto"), "feature_fraction": (1.0, "auto")}
 #: Prefix of the settings with which `routing: model` trains a router. Older versions asked the untouched

@@ -102,8 +102,10 @@ class KeepLora(KeptFeatures):
         """Settings of KeepLoRA; rank, alpha, ε_w and ε_f are the parts'.
 
         Args:
-            preset: `paper`; `balanced`, which keeps image features (`distillation: 10`); `released-clip` and
-                `released-llava`, what the authors' released code does.
+            preset: `paper`; `balanced`, which keeps image features (`distillation: 10`), and
+                `balanced-rejection`, which also leaves to the untouched base what resembles no learned task
+                (`rejection: 0.05`); `released-clip` and `released-llava`, what the authors' released code
+                does.
             form: `delta` or `literal`, see docs/method.md; the preset's when None.
             init: `gradient`, or `random` directions outside M' (an ablation).
             protect_weights: whether M' holds W_p (False is an ablation).
@@ -123,7 +125,8 @@ class KeepLora(KeptFeatures):
             distillation: λ, the weight of keeping the task's image features near those of its start, on a
                 model of two encoders; 0 for none. The preset's when None.
             rejection: the largest share of a task's training examples that may be taken for none of its kind;
-                the untouched base answers an example as far away as these. 0 for none.
+                the untouched base answers an example as far away as these. 0 for the preset's, none but for
+                `balanced-rejection`.
         """
 
         preset: str = "paper"
@@ -155,7 +158,7 @@ class KeepLora(KeptFeatures):
         self.form = options.form or self.rules.form
         self.interpolation = options.interpolation or self.rules.interpolation
         self.keep_features(distillation_of(options))
-        self.reject(options.rejection)
+        self.reject(options.rejection or self.rules.rejection)
         self.one_process = self.rules.one_process and options.protect_features
         self.gradient_fraction, self.feature_fraction = (
             1.0 if share == AUTO and self.rules.released else share

@@ -61,6 +61,8 @@ class PaperRules:
     interpolation = 1.0
     #: The weight of keeping image features near those of the task's start.
     distillation = 0.0
+    #: The largest share of a task's training examples that may be taken for none of its kind; 0 for no test.
+    rejection = 0.0
 
     @staticmethod
     def weight_basis(weight: Tensor, energy: float) -> PrincipalBasis:
@@ -247,9 +249,19 @@ class BalancedRules(PaperRules):
     distillation = 10.0
 
 
+class BalancedRejectionRules(BalancedRules):
+    """The same, and the untouched base answers what resembles no learned task: more Transfer, but no merge.
+
+    The share is one of a range with nearly the same results, see docs/results.md.
+    """
+
+    rejection = 0.05
+
+
 RULES = {
     "paper": PaperRules,
     "balanced": BalancedRules,
+    "balanced-rejection": BalancedRejectionRules,
     "released-clip": ReleasedClipRules,
     "released-llava": ReleasedLlavaRules,
 }

@@ -119,6 +119,14 @@ def test_a_batch_is_answered_in_order_and_nobody_is_asked_for_nothing():
     assert predictor.predict([]) == []
 
 
+def test_the_preset_with_rejection_is_the_balanced_one_and_a_share_and_does_not_merge():
+    method = KeepLora(KeepLora.Options(preset="balanced-rejection"))
+    assert (method.prototypes.rejection, method.distillation, method.mergeable) == (0.05, 10.0, False)
+    assert KeepLora(KeepLora.Options(preset="balanced")).mergeable
+    other = KeepLora(KeepLora.Options(preset="balanced-rejection", rejection=0.2))
+    assert other.prototypes.rejection == 0.2
+
+
 def test_what_does_not_go_with_rejection_is_refused(finished, run_tree, tmp_path):
     KeepLora = METHODS["keeplora"]
     with pytest.raises(MethodError, match="rejection must be at least 0 and below 1 .got 1.0"):
