@@ -191,7 +191,7 @@ def make_inner(name: str, settings: Mapping[str, Any]) -> Method:
     if not inner.mergeable:
         raise MethodError(
             f"of is '{name}' with rejection, which tells learned tasks apart from others, and each is alone",
-            "leave rejection out of settings",
+            "leave rejection out of settings, and a preset that has it",
         )
     return inner
 

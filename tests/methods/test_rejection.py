@@ -20,6 +20,8 @@ from llava_keeplora.testing import check_method
 from llava_keeplora_eval.predictions import read_predictions
 from llava_keeplora_recipes import load_split
 
+KeepLora = METHODS["keeplora"]
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, run_config, driven, tiny_tasks):
@@ -128,7 +130,6 @@ def test_the_preset_with_rejection_is_the_balanced_one_and_a_share_and_does_not_
 
 
 def test_what_does_not_go_with_rejection_is_refused(finished, run_tree, tmp_path):
-    KeepLora = METHODS["keeplora"]
     with pytest.raises(MethodError, match="rejection must be at least 0 and below 1 .got 1.0"):
         KeepLora(KeepLora.Options(rejection=1.0))
     method = KeepLora(KeepLora.Options(rejection=0.1))
