@@ -58,6 +58,19 @@ def check_options(options: Any) -> None:
         raise MethodError(
             f"plasticity must not be negative (got {options.plasticity})", "set it to 20, as published"
         )
+    _check_updates(options)
+    check_rejection(options.rejection)
+    if options.gradient == "sketch" and RULES[options.preset].gradient == "dense":
+        raise MethodError(
+            f"gradient is 'sketch', but the preset '{options.preset}' sums gradients in full, as the "
+            "released code does",
+            "remove `gradient: sketch`",
+        )
+
+
+def _check_updates(options: Any) -> None:
+    """Check the settings that change a task's update or its loss."""
+    literal = (options.form or RULES[options.preset].form) == "literal"
     if options.interpolation is not None and not 0.0 < options.interpolation <= 1.0:
         raise MethodError(
             f"interpolation must be in (0, 1] (got {options.interpolation})",
@@ -68,7 +81,7 @@ def check_options(options: Any) -> None:
             f"update_bound must be a positive number (got {options.update_bound})",
             "set it to null for no bound",
         )
-    if options.update_bound is not None and (options.form or RULES[options.preset].form) == "literal":
+    if options.update_bound is not None and literal:
         raise MethodError(
             "update_bound is relative to the weight at the task's start, from which the literal form does "
             "not start",
@@ -79,16 +92,9 @@ def check_options(options: Any) -> None:
             f"distillation must be 0 or a positive number (got {options.distillation})",
             "set it to 0 for none",
         )
-    if distillation_of(options) and (options.form or RULES[options.preset].form) == "literal":
+    if distillation_of(options) and literal:
         raise MethodError(
             "distillation takes the model at the task's start as teacher, from which the literal form "
             "does not start",
             "set form to 'delta', or distillation to 0",
-        )
-    check_rejection(options.rejection)
-    if options.gradient == "sketch" and RULES[options.preset].gradient == "dense":
-        raise MethodError(
-            f"gradient is 'sketch', but the preset '{options.preset}' sums gradients in full, as the "
-            "released code does",
-            "remove `gradient: sketch`",
         )
