@@ -16,6 +16,7 @@ from llava_keeplora.errors import MethodError
 from llava_keeplora.methods import METHODS, Layer, TaskContext
 from llava_keeplora.sequence import run
 from llava_keeplora.subspace import project
+from llava_keeplora.testing import check_method
 from llava_keeplora_recipes import load_recipe
 
 pytestmark = pytest.mark.usefixtures("without_reports")
@@ -311,6 +312,16 @@ def test_a_bound_on_updates_is_positive_and_of_the_form_that_starts_at_the_weigh
     for form in ({"form": "literal"}, {"preset": "released-clip"}):
         with pytest.raises(MethodError, match="from which the literal form does not start"):
             KeepLora.Options(update_bound=0.5, **form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_run_with_bounded_updates_is_killed_and_extended_as_one_in_one_go(
+    run_tree, tiny_tasks, tmp_path, quantization
+):
+    tasks = [str(path) for path in tiny_tasks[:2]]
+    changes = {"model": {"quantization": quantization}} if quantization else {}
+    check_method("keeplora", {"update_bound": 0.01}, run_tree(tmp_path / "run", tasks=tasks, **changes))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])

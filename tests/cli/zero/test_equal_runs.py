@@ -101,6 +101,7 @@ CERTAIN = {
 LARGE = {part: {"alpha": 16} for part in ("vision", "text")}
 #: Later methods with what they need to draw nothing, and the stages that they run with; behind the marker alone.
 LATER = {
+    "bounded": ({"method": "keeplora", "update_bound": 0.01}, ("zero-2", "zero-3")),
     "nusa-cl": ({"dropout": 0.0}, ("zero-2", "zero-3")),
     "splitlora": ({}, ("zero-2", "zero-3")),
     "merge": ({}, ("zero-2", "zero-3")),
