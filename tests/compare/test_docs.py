@@ -67,7 +67,7 @@ def test_every_command_runs_and_leaves_what_the_page_says(folder, started, capfd
 
 def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
     commands = re.findall(r"^    llava-keeplora (.*)$", (DOCS / "results.md").read_text(), re.M)
-    assert len(commands) == 21
+    assert len(commands) == 24
     counts = []
     for command in commands:
         args = cli.parse_arguments(cli.build_parser(), shlex.split(command))
@@ -87,10 +87,13 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
         4 * 3,
         2 * 3,
         7 * 3,
-        20 * 4 + 4,
         22 * 4,
-        26,
-        21,
+        23 * 4,
+        22 + 4,
+        22 * 6,
+        22,
+        22 + 5,
+        22,
         2 * 3,
         2 * 3,
         20 * 4,
@@ -144,15 +147,15 @@ def test_the_learned_tables_tune_every_method_of_their_family_alike_and_never_th
 ):
     table = load_table(name)
     methods = {label for label, method in METHODS.items() if family in method.info.families}
-    presets = {"balanced"} if family == "clip" else set()
-    variants = presets | {"task-lora-rejection"}
+    presets = {"balanced": "distillation", "balanced-rejection": "rejection"} if family == "clip" else {}
+    variants = {*presets, "task-lora-rejection"}
     assert set(table.methods) == methods - left_out - {"zero-shot"} | variants
     settings = {
         label: [parse_config(job.tree).methods[label] for job in jobs]
         for label, jobs in tuning_jobs(table).items()
     }
-    for label in presets:
-        assert len({one.options["distillation"] for one in settings.pop(label)}) == 3
+    for label, option in presets.items():
+        assert len({one.options[option] for one in settings.pop(label)}) == 3
     tried = {
         label: tuple(one.training["learning_rate"] for one in of_label)
         for label, of_label in settings.items()

@@ -33,7 +33,6 @@ UNDRAWN = {
     "eblora, distillation 3",
     "eblora, distillation 10",
     "balanced, random A",
-    "balanced, rejection",
 }
 NAMES = {"Transfer": "transfer", "Average": "average", "Last": "last", "Forgetting": "forgetting"}
 
