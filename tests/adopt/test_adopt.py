@@ -95,6 +95,7 @@ def test_its_features_are_protected_from_then_on(run, peft_adapter, driven, tiny
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.slow
 def test_without_training_data_the_row_directions_of_its_update_are_protected(
     run, peft_adapter, driven, tiny_tasks, tmp_path
 ):

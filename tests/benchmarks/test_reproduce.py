@@ -193,7 +193,7 @@ def test_mtil_runs_in_its_order_and_is_compared(
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("ucit", ["keeplora-released", "inflora"]),
+        pytest.param("ucit", ["keeplora-released", "inflora"], marks=pytest.mark.slow),
         pytest.param("mllm-dcl", ["keeplora", "sd-lora"], marks=pytest.mark.slow),
         *(
             pytest.param(name, None, marks=pytest.mark.slow)

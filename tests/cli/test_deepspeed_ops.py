@@ -44,6 +44,7 @@ def left_behind(lock, seconds):
     return path
 
 
+@pytest.mark.slow
 def test_a_build_at_work_is_waited_for(lock, caplog):
     assert unheld_locks() == []
     check_builds()

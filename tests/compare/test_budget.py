@@ -117,9 +117,8 @@ BENCHMARKS = ["mtil-order1", "mtil-order2", "ucit", "mllm-dcl", "coin", "mllm-ac
 @pytest.mark.parametrize(
     "name",
     [
-        "mtil-order1",
         "coin",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in BENCHMARKS if n not in ("mtil-order1", "coin")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in BENCHMARKS if n != "coin"),
     ],
 )
 def test_a_shipped_benchmark_starts_as_a_table(name, monkeypatch):

@@ -223,6 +223,7 @@ def test_settings_of_bounds_are_chosen_by_last_their_only_number(make_table, tmp
     assert "Chosen: the largest average; of bounds, the largest last." in text and "| n/a | n/a |" in text
 
 
+@pytest.mark.slow
 def test_a_setting_whose_run_a_guard_stopped_is_chosen_only_if_no_setting_came_further(
     make_table, tmp_path, started, monkeypatch, caplog
 ):

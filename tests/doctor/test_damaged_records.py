@@ -145,7 +145,19 @@ def quick(monkeypatch):
     monkeypatch.setattr(run_report, "write_report", lambda *args: None)
 
 
-@pytest.mark.parametrize("name", FILES)
+#: Read by every reader as other files of theirs are.
+ALIKE = {
+    "versions.json",
+    "recipes/colours.yaml",
+    "zero-shot/matrix.json",
+    "zero-shot/task-00-base/scores.json",
+}
+ALIKE |= {f"{FIRST}/{name}.json" for name in ("prepared", "train", "consolidated")}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in FILES]
+)
 def test_a_damaged_file_is_one_sentence_to_every_reader(damaged, quick, tiny_tasks, tmp_path, name):
     path, task = damaged / name, str(tiny_tasks[2])
     journal = damaged / name.split("/")[0] / "journal.jsonl"

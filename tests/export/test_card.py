@@ -46,6 +46,7 @@ def test_the_code_of_an_adapters_card_runs_in_a_fresh_process(exported, shelf):
     assert status == 0 and out, err[-2000:]
 
 
+@pytest.mark.slow
 def test_the_code_of_a_clip_adapters_card_chooses_one_of_its_captions(exported, shelf, monkeypatch, capsys):
     folder, _ = exported("clip")
     monkeypatch.chdir(shelf("clip", folder))

@@ -77,6 +77,7 @@ def answers_of(path):
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_what_is_learned_leaves_the_protected_subspace_alone(run):
     bases = load_file(run / "keeplora/task-00-base/state.safetensors")
     for task in sorted((run / "keeplora").glob("task-0[12]-*")):

@@ -20,7 +20,7 @@ def merge(run, into, **options):
     return export_run(run, "merged", into, base_id="you/base", **options)
 
 
-@pytest.mark.parametrize("form", ["plain", "nf4"])
+@pytest.mark.parametrize("form", ["plain", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_every_weight_is_the_base_and_the_sum_of_its_deltas(form, finished, tiny_llava, tmp_path):
     merge(finished(form), tmp_path / "merged", dtype="float32")
     base = AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.float32)

@@ -54,6 +54,7 @@ def test_a_run_that_goes_on_from_a_state_learns_bit_for_bit_what_the_run_itself_
     assert results["keeplora"].complete and (tmp_path / "run/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_state_is_extended_to_what_a_run_with_the_task_from_the_start_learned(
     run_config, drive, finished, tiny_clip, tiny_tasks, tmp_path, monkeypatch
 ):

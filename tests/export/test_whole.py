@@ -63,6 +63,7 @@ def test_an_adapter_is_refused_in_a_sentence(run, tmp_path, parts):
         export_run(run, "adapter", tmp_path / "adapter", base_id="you/base", parts=parts)
 
 
+@pytest.mark.slow
 def test_a_state_goes_on_elsewhere_and_learns_what_the_run_learned(
     run, tiny_clip, tiny_tasks, driven, tmp_path
 ):

@@ -261,7 +261,10 @@ ARCHIVES = {
 }
 
 
-@pytest.mark.parametrize("task", ARCHIVES)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(t, marks=[pytest.mark.slow] * (t in ("mtil/dtd", "mtil/flowers"))) for t in ARCHIVES],
+)
 @given(data=st.data())
 @fuzz
 def test_the_files_of_mtil(place, task, data):

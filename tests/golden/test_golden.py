@@ -171,7 +171,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change", ["energy", *(pytest.param(c, marks=pytest.mark.slow) for c in CHANGES if c != "energy")]
+)
 def test_a_changed_run_does_not_pass(release, rerun, monkeypatch, change):
     monkeypatch.setitem(globals(), "same_machine", lambda: False)
     if change == "projection":

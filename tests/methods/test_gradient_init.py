@@ -108,6 +108,7 @@ def test_every_layers_A_from_a_sketch_holds_99_percent_of_the_best_subspaces_ene
             assert share >= 0.99, (name, share, one.of_optimum, one.at_least, one.passes)
 
 
+@pytest.mark.slow
 def test_no_pass_holds_more_than_the_first(monkeypatch):
     monkeypatch.setattr(gradient_init.SketchedDirections, "suffices", lambda self: False)
     monkeypatch.setattr(gradient_sketch, "WORTH", math.inf)

@@ -128,6 +128,7 @@ def test_the_state_is_what_the_method_declares(finished, config):
     inspect_state(finished, config, run_identity(config)["tasks"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_the_router_s_training_ends_as_one_in_one_go(
     llava_tree, mixed_tasks, tmp_path, driven, monkeypatch
 ):

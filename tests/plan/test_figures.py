@@ -166,7 +166,8 @@ def test_seven_billion_parameters_are_planned_within_a_minute_without_weights(se
     )
 
 
-@pytest.mark.parametrize("family", ["clip", pytest.param("llava", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["clip", "llava"])
 def test_a_run_in_fp16_is_planned_like_one_in_bf16(run_tree, wide_tree, peaks, family):
     tree = functools.partial(run_tree, "unset") if family == "clip" else wide_tree
     half, brain = (peaks(tree(methods={"keeplora": {}}, training={kind: True})) for kind in ("fp16", "bf16"))

@@ -228,6 +228,7 @@ def test_an_adapter_is_checked_with_its_base_model(tiny_clip, tmp_path):
     assert isinstance(load_preparation(str(tmp_path)), PromptPreparation)
 
 
+@pytest.mark.slow
 def test_a_moved_base_is_given_to_extend_by_its_new_place(place, tiny_tasks, capfd):
     (place / "base").rename(place / "moved")
     extend = commands(place, str(tiny_tasks[1]))["extend"]

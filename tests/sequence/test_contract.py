@@ -285,7 +285,7 @@ def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, metho
     assert len(json.loads((seen.folder / method / "matrix.json").read_text())["rows"]) == 2
 
 
-@for_every(LEARNING, quick=[("clip", "keeplora++")])
+@for_every(LEARNING, quick=[])
 def test_a_method_passes_the_checks_of_third_parties(trees, family, method):
     """Resuming is checked of those that test_resume.py does not stop everywhere, after stages on one family: CLIP where it is one."""
     slow = [
@@ -300,6 +300,7 @@ def test_a_method_passes_the_checks_of_third_parties(trees, family, method):
 
 
 @pytest.mark.parametrize("family", ["clip"])
+@pytest.mark.slow
 def test_a_router_passes_those_that_start_it_once_or_twice(trees, family):
     """The quick form for methods with a router; the stop at every stage, a dozen starts, is behind the slow marker."""
     checks = [check for check in METHOD_CHECKS if check.__name__ != "check_resuming_stages"]

@@ -106,6 +106,7 @@ def test_a_run_is_extended_on_a_machine_that_has_neither_its_recipes_nor_its_fol
     assert recipes <= {*found}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_extended_is_extended_again(
     run_config, driven, three_tasks_run, outcome, tiny_tasks, tmp_path
 ):

@@ -33,10 +33,9 @@ def config(run_config, tiny_tasks, tmp_path, two_tasks_run):
 #: Bytes, and whether the folder was claimed before: the first write that fails is of the folder's own files, of answers, of a journal or of tensors.
 SIZES = [
     (2500, False),
-    (1400, True),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
-        for case in [(300, False), (1270, True), (5000, True), (12000, True)]
+        for case in [(300, False), (1270, True), (1400, True), (5000, True), (12000, True)]
     ),
 ]
 

@@ -137,6 +137,7 @@ def test_a_part_that_is_not_named_stays_as_it_is(llava_config, drive, tmp_path, 
     assert deltas and all(name.startswith("model.language_model.") for name in deltas)
 
 
+@pytest.mark.slow
 def test_recomputing_activations_trains_the_same(llava_config, drive, tmp_path, mixed_tasks):
     results = []
     for name in ("", "activation_checkpointing", "gradient_checkpointing"):

@@ -46,7 +46,8 @@ def test_a_run_stopped_at_every_stage_ends_with_the_same_files(
     assert len(methods) == 1 or found == whole
 
 
-@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 2])
 def test_a_run_stopped_within_training_ends_with_the_same_files(
     run_config, run_to_the_end, stop_within_training, tmp_path, three_tasks_run, left_behind, step
 ):
@@ -106,6 +107,7 @@ def test_a_folder_that_a_killed_export_left_stops_no_run_and_goes_with_the_next_
         assert not left.exists()
 
 
+@pytest.mark.slow
 def test_what_an_export_is_writing_is_left_alone_by_a_start_of_the_run_and_by_another_export(
     run_config, drive, tmp_path, tiny_tasks
 ):

@@ -239,6 +239,7 @@ def test_a_killed_export_of_a_set_is_whole_or_not_there_and_the_same_command_goe
     assert kill_everywhere(deadly, command, tmp_path / "set", pictures, stride=stride(29)) > 3
 
 
+@pytest.mark.slow
 def test_a_killed_report_is_whole_or_not_there_and_the_same_command_goes_on(
     deadly, two_tasks_run, tmp_path, monkeypatch
 ):

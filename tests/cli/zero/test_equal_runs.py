@@ -49,6 +49,7 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_sketches_of_gradients_and_features_add_up_over_processes(
     trees, tiny_tasks, written, driven, launch, script, tmp_path, monkeypatch
 ):
@@ -249,7 +250,8 @@ def test_forms_of_later_methods_end_in_two_processes_as_in_one_with_as_many_pass
     assert any(counts.get("gradient") for _, counts in passes(tmp_path / "two", "protected"))
 
 
-@pytest.mark.parametrize("stage", [None, *(pytest.param(s, marks=pytest.mark.slow) for s in ZERO)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, *ZERO])
 def test_features_at_the_start_are_the_same_in_two_processes_as_in_one_and_computed_once(
     stage, trees, tiny_tasks, driven, in_two, tmp_path
 ):
