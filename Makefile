@@ -12,12 +12,15 @@ setup: $(READY)
 # the others when they are first imported. It must be let to: without byte code every process of the suite takes three times as
 # long to start.
 unexport PYTHONDONTWRITEBYTECODE
+# One process writes the byte code that the suite's workers would otherwise all write side by side.
+FIRST := import deepspeed, matplotlib.pyplot, llava_keeplora.compare, llava_keeplora.sequence.runner, llava_keeplora.export.run_export
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -c constraints.txt -e '.[test]'
+	$(BIN)/python -c "$(FIRST)"
 	touch $(READY)
 
 demo: $(READY)
