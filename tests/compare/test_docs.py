@@ -99,7 +99,7 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
         20 * 4,
         20,
         20,
-        20,
+        20 + 1,
         10 * 3 + 10,
         8,
         8 * 3,
