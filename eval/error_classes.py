@@ -63,9 +63,8 @@ def error_class(
         return FORMAT
     if any(_off_by_one(text, answer) for answer in answers):
         return OFF_BY_ONE
-    if any(_near(text, answer) for answer in answers):
-        return NEAR
-    return NEAR if not whole and any(_synonyms(text, answer) for answer in answers) else OTHER
+    near = any(_near(text, answer) or (not whole and _synonyms(text, answer)) for answer in answers)
+    return NEAR if near else OTHER
 
 
 def _off_by_one(text: str, answer: str) -> bool:

@@ -410,9 +410,9 @@ class KeepLora(KeptFeatures):
 
         Modules that are trained in full are not among them, and keep the whole change.
         """
-        if self.options.update_bound is not None:
-            deltas = bounded_deltas(ctx, deltas, self.bases, self.options.update_bound)
-        return deltas if self.interpolation == 1.0 else scale_deltas(deltas, self.interpolation)
+        bound = self.options.update_bound
+        merged: Deltas = deltas if bound is None else bounded_deltas(ctx, deltas, self.bases, bound)
+        return merged if self.interpolation == 1.0 else scale_deltas(merged, self.interpolation)
 
     def project(self, ctx: TaskContext, deltas: Deltas) -> Deltas:
         """Return ΔW (I − M' M'ᵀ) of every adapted layer; layers of which nothing is left are missing."""

@@ -15,17 +15,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llava_keeplora.adapters import Delta
+from llava_keeplora.adapters import Delta, Deltas, FullDelta
 from llava_keeplora.adapters.base import merged_weight
+from llava_keeplora.adapters.project import squared_norm
+from llava_keeplora.adapters.task_vectors import scale_deltas
 from llava_keeplora.methods.base import TaskContext
 from llava_keeplora.methods.layers import in_layer
 from llava_keeplora.subspace import residual
 
 
 @torch.no_grad()
-def bounded_deltas(
-    ctx: TaskContext, deltas: Mapping[str, Delta], bases: Mapping[str, Tensor], bound: float
-) -> dict[str, Delta]:
+def bounded_deltas(ctx: TaskContext, deltas: Deltas, bases: Mapping[str, Tensor], bound: float) -> Deltas:
     """Return every layer's update, or the share of it that reaches the bound.
 
     The shares are recorded as `update_shares`: layer name → share, for every layer.
@@ -36,18 +36,14 @@ def bounded_deltas(
         bases: layer name → M', (in, k).
         bound: c.
     """
+    bounded: dict[str, Delta | FullDelta] = {}
     shares = {}
     for name, delta in deltas.items():
         with in_layer(ctx.layers[name]):
             weight = merged_weight(name, ctx.layers[name].module, ctx.deltas())
             free = float(residual(weight, bases[name].to(weight)).double().norm())
-        norm = frobenius_norm(delta)
+        norm = squared_norm(delta) ** 0.5
         shares[name] = min(1.0, bound * free / norm) if norm else 1.0
+        bounded |= scale_deltas({name: delta}, shares[name])
     ctx.report["update_shares"] = shares
-    return {name: Delta(delta.A, delta.B, shares[name] * delta.scale) for name, delta in deltas.items()}
-
-
-def frobenius_norm(delta: Delta) -> float:
-    """Return ‖ΔW‖_F in float64 from the r × r products of its factors."""
-    A, B = delta.A.double(), delta.B.double()
-    return abs(delta.scale) * float(((A @ A.T) * (B.T @ B)).sum().clamp(min=0.0).sqrt())
+    return bounded

@@ -298,9 +298,9 @@ def test_an_update_is_bounded_by_the_norm_of_the_weight_outside_of_the_protected
     torch.testing.assert_close(merged.dense(), 0.5 * long.dense())
     assert float(merged.dense().double().norm()) == pytest.approx(largest)
     assert ctx.report["update_shares"] == {"layer": pytest.approx(0.5)}
-    short = Delta(A, B, 0.5 * long.scale)
-    (whole,) = method.finalize_deltas(ctx, {"layer": Delta(A, B, 0.99 * short.scale)}).values()
-    assert torch.equal(whole.dense(), Delta(A, B, 0.99 * short.scale).dense())
+    short = Delta(A, B, 0.495 * long.scale)
+    (whole,) = method.finalize_deltas(ctx, {"layer": short}).values()
+    assert torch.equal(whole.dense(), short.dense())
     (none,) = method.finalize_deltas(ctx, {"layer": Delta(A, torch.zeros_like(B), 1.0)}).values()
     assert not none.dense().any() and ctx.report["update_shares"] == {"layer": 1.0}
 

@@ -39,19 +39,14 @@ def runs_on(family, methods=LEARNING):
     return [name for name in methods if family in METHODS[name].info.families]
 
 
-def for_every(methods, quick=None):
-    """A test for each method on each family that it runs on; behind the slow marker but for the first methods' and, where given, the
-    quick pairs'."""
-    pairs = [(family, name) for family in FAMILIES for name in runs_on(family, methods)]
-
-    def is_slow(family, name):
-        return name not in FIRST or (quick is not None and (family, name) not in quick)
-
+def for_every(methods):
+    """A test for each method on each family that it runs on; behind the slow marker but for the first methods'."""
     return pytest.mark.parametrize(
         ("family", "method"),
         [
-            pytest.param(family, name, marks=[pytest.mark.slow] * is_slow(family, name))
-            for family, name in pairs
+            pytest.param(family, name, marks=[pytest.mark.slow] * (name not in FIRST))
+            for family in FAMILIES
+            for name in runs_on(family, methods)
         ],
     )
 
@@ -285,7 +280,8 @@ def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, metho
     assert len(json.loads((seen.folder / method / "matrix.json").read_text())["rows"]) == 2
 
 
-@for_every(LEARNING, quick=[])
+@pytest.mark.slow
+@for_every(LEARNING)
 def test_a_method_passes_the_checks_of_third_parties(trees, family, method):
     """Resuming is checked of those that test_resume.py does not stop everywhere, after stages on one family: CLIP where it is one."""
     slow = [
