@@ -192,6 +192,7 @@ def test_an_adapter_of_a_killed_adoption_may_be_gone_but_not_changed(
     assert record(run, "keeplora")["source"] == "adapter"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_with_an_adopted_task_is_reported_examined_forked_extended_and_exported(
     run, peft_adapter, driven, tiny_tasks, tmp_path, monkeypatch

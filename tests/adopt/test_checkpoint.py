@@ -61,6 +61,7 @@ def test_a_merged_adapter_is_the_adapter(run, peft_adapter, driven, tiny_clip, t
         torch.testing.assert_close(found[1][name].dense(), delta.dense(), atol=2e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_any_other_difference_is_taken_exactly_and_everything_later_knows_it(
     run, changed_clip, driven, tiny_clip, tiny_tasks, tmp_path, monkeypatch
 ):

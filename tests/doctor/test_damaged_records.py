@@ -152,7 +152,10 @@ ALIKE = {
     "zero-shot/matrix.json",
     "zero-shot/task-00-base/scores.json",
 }
-ALIKE |= {f"{FIRST}/{name}.json" for name in ("prepared", "train", "consolidated")}
+ALIKE |= {
+    f"{FIRST}/{name}" for name in ("prepared.json", "train.json", "consolidated.json", "state.safetensors")
+}
+ALIKE |= {"keeplora/task-00-base/consolidated.json", "keeplora/matrix.json"}
 
 
 @pytest.mark.parametrize(

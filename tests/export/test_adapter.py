@@ -53,7 +53,7 @@ def layer_of(key):
     return re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", key).group(1)
 
 
-@pytest.mark.parametrize("family", PARTS)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "clip")) for f in PARTS])
 def test_the_product_of_every_layer_is_the_sum_of_the_tasks_deltas(family, exported, finished):
     folder, _ = exported(family)
     tensors, config = (

@@ -38,6 +38,7 @@ def test_every_weight_is_the_base_and_the_sum_of_its_deltas(form, finished, tiny
     AutoProcessor.from_pretrained(tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_the_deviation_is_rounding_in_fp32_larger_in_bf16_and_that_of_the_quantisation_for_an_nf4_base(
     finished, tmp_path
 ):

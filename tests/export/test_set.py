@@ -58,7 +58,9 @@ def relative(found, exact):
     return float((found - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "clip")) for f in FAMILIES]
+)
 def test_every_stage_is_an_adapter_that_holds_the_sum_of_its_tasks_exactly(family, adapter_sets, finished):
     folder, done = adapter_sets(family)
     tasks = deltas_of(finished(family))

@@ -136,6 +136,7 @@ def test_a_state_is_loaded_again_by_a_fresh_process(finished, tmp_path):
     assert "llava-keeplora import state --into runs/continued" in (tmp_path / "state/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_import_takes_the_state_out_of_an_adapter_and_says_how_to_go_on(
     exported, finished, tiny_llava, tmp_path, capsys
 ):

@@ -207,8 +207,9 @@ def test_a_run_that_the_release_began_ends_with_its_numbers(release, old, drive_
     assert_same_numbers(release / "run-clip", run, "keeplora")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("family", ["clip", pytest.param("llava", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["clip", "llava"])
 def test_the_release_s_run_is_whole_extends_and_reports(old, drive_quietly, family, capfd):
     run = old(family)
     assert cli.main(["doctor", str(run)]) == 0, capfd.readouterr()

@@ -91,6 +91,7 @@ def model_after(run, label, task, tiny_clip):
 # --- on a run ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_scale_of_zero_is_keeplora_bit_for_bit(finished):
     names = [
         "adapters.safetensors",

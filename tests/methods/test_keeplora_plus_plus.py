@@ -53,6 +53,7 @@ def expected_factor(name):
     return 0.2 if name.startswith("vision_model.encoder.layers.0.") else 1.0
 
 
+@pytest.mark.slow
 def test_a_gamma_of_one_is_keeplora_bit_for_bit(finished):
     files = [
         path

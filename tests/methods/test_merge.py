@@ -119,6 +119,7 @@ def test_ties_merges_every_module_as_its_definition_says(tasks):
     )
 
 
+@pytest.mark.slow
 def test_wise_ft_at_1_is_sequential_lora_bit_for_bit(finished):
     assert delta_bytes(finished, "end") == delta_bytes(finished, "seq-lora")
     assert answers(finished, "end", 2) == answers(finished, "seq-lora", 2)

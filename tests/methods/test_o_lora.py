@@ -51,6 +51,7 @@ def overlaps(finished, label):
     return {name: float((first[name].A.double() @ second[name].A.double().T).abs().sum()) for name in first}
 
 
+@pytest.mark.slow
 def test_without_penalties_and_dropout_it_is_sequential_lora_bit_for_bit(finished):
     for ours, theirs in zip(delta_files(finished, "without"), delta_files(finished, "seq-lora"), strict=True):
         assert ours.read_bytes() == theirs.read_bytes()

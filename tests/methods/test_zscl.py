@@ -113,6 +113,7 @@ def changes(path):
     }
 
 
+@pytest.mark.slow
 def test_with_nothing_added_it_is_full_fine_tuning_bit_for_bit(finished):
     for ours, theirs in zip(delta_files(finished, "nothing"), delta_files(finished, "full"), strict=True):
         assert ours.read_bytes() == theirs.read_bytes()
@@ -289,6 +290,7 @@ def beside(tmp_path_factory, run_config, driven, tiny_tasks, reference):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_the_analysis_measures_the_linear_layers_of_the_encoders_and_the_report_draws_the_rest(
     beside, tmp_path
@@ -407,6 +409,7 @@ def test_a_run_whose_reference_data_are_others_than_planned_is_refused(
         driven(two)
 
 
+@pytest.mark.slow
 def test_without_a_file_the_default_reference_is_rendered_scenes_and_their_captions(
     run_config, driven, tmp_path, tiny_tasks
 ):

@@ -20,6 +20,7 @@ from llava_keeplora.sequence import runner
 pytestmark = pytest.mark.usefixtures("estimated_once")
 
 
+@pytest.mark.slow
 def test_a_sketched_gradient_takes_less_than_a_dense_one_and_leaves_training_alone(wide_tree, peaks):
     sketch, dense = (
         peaks(wide_tree(methods={"keeplora": {"gradient": kind}})) for kind in ("sketch", "dense")
@@ -27,6 +28,7 @@ def test_a_sketched_gradient_takes_less_than_a_dense_one_and_leaves_training_alo
     assert sketch["gradient"] < dense["gradient"] and sketch["train"] == dense["train"]
 
 
+@pytest.mark.slow
 def test_less_memory_for_statistics_lowers_the_features_alone(wide_tree, peaks):
     much, little = dict(peaks(wide_tree())), dict(peaks(wide_tree(memory={"statistics_gb": 0.03})))
     assert much.pop("features") > little.pop("features") and much == little
@@ -86,6 +88,7 @@ def sharded(wide_tree, stage, **zero):
     )
 
 
+@pytest.mark.slow
 def test_every_stage_of_zero_takes_less_than_the_one_before_and_more_processes_less_still(wide_tree, peaks):
     on_four = [peaks(sharded(wide_tree, stage), 4)["train"] for stage in (1, 2, 3)]
     on_eight = [peaks(sharded(wide_tree, stage), 8)["train"] for stage in (1, 2, 3)]
@@ -176,6 +179,7 @@ def test_a_run_in_fp16_is_planned_like_one_in_bf16(run_tree, wide_tree, peaks, f
     ), (half, brain)
 
 
+@pytest.mark.slow
 def test_a_rank_that_the_weights_decide_on_is_named_and_one_that_fits_any_weight_is_not(wide_tree, peaks):
     def tree(rank):
         part = {"rank": rank, "alpha": 1, "energy_weight": 0.5}

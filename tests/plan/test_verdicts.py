@@ -54,6 +54,7 @@ def test_a_stage_takes_the_same_whichever_is_asked_for_first(wide_tree, peaks, r
     assert second.estimate is not first.estimate and second["train"] and second["load"] == load
 
 
+@pytest.mark.slow
 def test_training_that_is_too_large_fits_with_the_largest_smaller_batch(on_train, peaks):
     tree, found = on_train
     half = peaks({**tree, "training": {**tree["training"], "per_device_train_batch_size": 4}})["train"]
@@ -331,6 +332,7 @@ def test_a_start_that_cannot_fit_names_the_setting_that_does(wide_tree, peaks, s
         start(tree, round(share * peaks(tree)["load"]))
 
 
+@pytest.mark.slow
 def test_a_whole_gradient_that_cannot_fit_is_proposed_to_be_sketched_at_the_start_and_by_the_plan(
     wide_tree, peaks
 ):
@@ -351,6 +353,7 @@ def test_a_whole_gradient_that_cannot_fit_is_proposed_to_be_sketched_at_the_star
     assert not gradient.fits and gradient.changes == {"methods.keeplora.gradient": "sketch"}
 
 
+@pytest.mark.slow
 def test_a_plan_names_the_statistics_that_the_smallest_sketches_take_as_a_start_does(wide_tree):
     with pytest.raises(
         ConfigError,

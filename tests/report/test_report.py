@@ -198,6 +198,7 @@ def test_runs_with_other_zero_shot_scores_get_a_row_each(tmp_path, matrix):
     ]
 
 
+@pytest.mark.slow
 def test_a_zero_shot_baseline_among_the_results_is_the_summarys_first_row_and_no_image(tmp_path, matrix):
     baseline = Matrix(matrix.tasks, matrix.zero_shot)
     paths = write_report(tmp_path, "t", {"zero-shot": [Trial(baseline)], "run": [Trial(matrix)]})
@@ -260,6 +261,7 @@ def test_a_report_that_cannot_be_made_is_refused_and_writes_nothing(tmp_path, re
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_drawing_leaves_pyplot_alone(tmp_path):
     program = (
         "import sys\n"

@@ -149,6 +149,7 @@ def test_another_model_or_other_examples_are_computed_anew(filled, other, drive,
     assert {("keeplora",), ("zero-shot", "colours"), ("zero-shot", "stripes")} <= set(computed)
 
 
+@pytest.mark.slow
 def test_other_weights_under_the_same_name_are_another_model(other, drive, computed, tiny_clip, tmp_path):
     model, cache = shutil.copytree(tiny_clip, tmp_path / "model"), tmp_path / "cache"
     drive(other("first", cache, model={"name_or_path": str(model)}))
@@ -161,6 +162,7 @@ def test_other_weights_under_the_same_name_are_another_model(other, drive, compu
     assert ("zero-shot", "colours") in computed and ("keeplora",) in computed
 
 
+@pytest.mark.slow
 def test_other_settings_are_another_base(filled, other, drive, computed, tmp_path):
     cache = shutil.copytree(filled, tmp_path / "cache")
     drive(
@@ -286,6 +288,7 @@ def test_the_same_images_in_another_order_are_other_rows(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_images_beyond_the_budget_are_neither_kept_nor_taken(filled, other, drive, prepared, tmp_path):
     cache = shutil.copytree(filled, tmp_path / "cache")
     drive(other("taking", cache, methods={"seq-lora": {}}, data={"cache_gb": 0.0}))

@@ -96,6 +96,7 @@ def test_what_a_loss_asks_of_the_model_is_counted_once_however_often_a_training_
     assert info["passes"] == {"forward": info["examples"]["1"]} and info["examples"]["1"] % 24 == 0
 
 
+@pytest.mark.slow
 def test_a_llava_with_dropout_and_rates_of_its_parts_goes_on_bit_for_bit(
     llava_config, drive, run_to_the_end, stop_within_training, tmp_path, mixed_tasks, left_behind
 ):

@@ -26,7 +26,7 @@ from tiny_encoders import IMAGES, KINDS, PADDING, write_clipseg, write_encoders
 from tiny_models import TASKS
 
 #: Run whole in every suite; the others behind the slow marker.
-QUICK = ("siglip2", "chinese_clip")
+QUICK = ("siglip2",)
 
 
 @pytest.fixture(

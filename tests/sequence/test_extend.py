@@ -57,6 +57,7 @@ def test_a_run_on_llava_is_extended_alike(llava_tree, mixed_tasks, driven, outco
     assert outcome(part) == outcome(whole)
 
 
+@pytest.mark.slow
 def test_a_task_appended_in_the_configuration_extends_the_run_too(
     copied, run_config, three_tasks_run, drive, outcome
 ):
@@ -80,6 +81,7 @@ def test_an_extension_stopped_at_every_stage_ends_with_the_same_files(
     assert outcome(copied) == outcome(three_tasks_run)
 
 
+@pytest.mark.slow
 def test_a_run_is_extended_on_a_machine_that_has_neither_its_recipes_nor_its_folder(
     own_tasks, run_config, drive, outcome, three_tasks_run, tmp_path
 ):
@@ -202,6 +204,7 @@ def test_a_kept_configuration_is_read_back_as_it_was(run_config, drive, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_epochs_per_task_asks_for_those_of_the_new_one(run_config, drive, tmp_path, tiny_tasks):
     tasks = [str(path) for path in tiny_tasks]
     drive(
@@ -224,6 +227,7 @@ def test_a_run_with_epochs_per_task_asks_for_those_of_the_new_one(run_config, dr
         drive(run_config(tmp_path / "run", tasks=tasks[:2], methods={"seq-lora": {}}))
 
 
+@pytest.mark.slow
 def test_every_task_learns_at_its_own_rate_and_a_new_one_asks_for_its_own(
     run_config, drive, tmp_path, tiny_tasks
 ):
@@ -265,7 +269,10 @@ def test_every_task_learns_at_its_own_rate_and_a_new_one_asks_for_its_own(
     assert deltas[0] == deltas[1] and len(set(deltas[0])) == 3
 
 
-@pytest.mark.parametrize("rates", [{}, {"learning_rate": 0.02}, {"learning_rate": [0.02]}])
+@pytest.mark.parametrize(
+    "rates",
+    [{}, *(pytest.param({"learning_rate": rate}, marks=pytest.mark.slow) for rate in (0.02, [0.02]))],
+)
 def test_a_new_task_has_its_own_rate_also_where_a_method_or_nothing_sets_the_others(
     run_tree, drive, tmp_path, tiny_tasks, rates
 ):

@@ -150,6 +150,7 @@ def test_so_they_do_of_a_llava(changes, rule, llava_tree, mixed_tasks, tmp_path,
     assert len(told) == 1 and re.search(rule, told.pop()) and not (tmp_path / "run/config.json").exists()
 
 
+@pytest.mark.slow
 def test_what_a_plan_proposes_is_let_in_by_a_start(run_tree, tiny_tasks):
     from llava_keeplora.plan.machine import find_machine
     from llava_keeplora.plan.plan import _changed, _Scenarios
