@@ -30,7 +30,7 @@ from llava_keeplora.run_folder import (
 from llava_keeplora.sequence.answers import predict_whole, read_answers
 from llava_keeplora.sequence.method_state import MethodState, Outcome
 from llava_keeplora.start import Task
-from llava_keeplora_eval.paired_scores import paired_change
+from llava_keeplora_eval.paired_scores import score_change
 from llava_keeplora_eval.predictions import read_predictions
 
 #: How often the interval in which λ is looked for is halved, so that λ is a multiple of 1/16.
@@ -61,7 +61,7 @@ def search(state: MethodState, index: int) -> tuple[dict[str, Any], list[Path]]:
                 "of": of,
                 "task": task.name,
                 "limit": least,
-                "change": paired_change(task.test, before[task.name], after[task.name], 0.95).points,
+                "change": score_change(task.test, before[task.name], after[task.name]),
             }
             for of, task, least in limits
         ]

@@ -32,9 +32,7 @@ def test_the_largest_share_that_holds_every_limit_is_found(monkeypatch, harm, ga
         "_answer",
         lambda state, index, share, limits: ({"new": 10 * share, "old": -(harm + 0.25) * share}, []),
     )
-    monkeypatch.setattr(
-        shrinking, "paired_change", lambda data, before, after, level: SimpleNamespace(points=after - before)
-    )
+    monkeypatch.setattr(shrinking, "score_change", lambda data, before, after: after - before)
     record, _ = shrinking.search(None, 1)
     assert record["lambda"] == expected and len(record["trials"]) == 4
     assert "share" in " ".join(shrink_lines({"task": "new", "shrink": record}))
