@@ -106,29 +106,29 @@ class Individual(Method):
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Return the adapters of the method's first task."""
-        return self.inner.init_adapters(_first(ctx))
+        return self.inner.init_adapters(first_task(ctx))
 
     @contextmanager
     def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
         """Enter that of the method's first task."""
-        with self.inner.training_context(_first(ctx), model):
+        with self.inner.training_context(first_task(ctx), model):
             yield
 
     def before_steps(self, ctx: TaskContext) -> None:
         """Do what the method does in its first task."""
-        self.inner.before_steps(_first(ctx))
+        self.inner.before_steps(first_task(ctx))
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of the method's first task."""
-        return self.inner.loss(_first(ctx), batch, out)
+        return self.inner.loss(first_task(ctx), batch, out)
 
     def after_step(self, ctx: TaskContext, optimizer_step: int) -> None:
         """Do what the method does in its first task."""
-        self.inner.after_step(_first(ctx), optimizer_step)
+        self.inner.after_step(first_task(ctx), optimizer_step)
 
     def finalize_deltas(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Deltas:
         """Return the deltas of the method's first task."""
-        return self.inner.finalize_deltas(_first(ctx), deltas)
+        return self.inner.finalize_deltas(first_task(ctx), deltas)
 
     def after_task(self, ctx: TaskContext) -> None:
         """Let the method see the base; nothing is kept of a task."""
@@ -159,9 +159,9 @@ class Individual(Method):
         return [index]
 
 
-def _first(ctx: TaskContext) -> TaskContext:
-    """Return a task's context as that of a first task; the report stays the same."""
-    return replace(ctx, index=1)
+def first_task(ctx: TaskContext) -> TaskContext:
+    """Return a task's context as that of a first task, before which nothing was learned; the report stays the same."""
+    return replace(ctx, index=1, budgets=ctx.budgets[ctx.index - 1 : ctx.index], deltas=list)
 
 
 def make_inner(name: str, settings: Mapping[str, Any]) -> Method:

@@ -5,11 +5,14 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from llava_keeplora.adapters import load_deltas
 from llava_keeplora.errors import ConfigError, MethodError, RunError
 from llava_keeplora.export.inspect_state import inspect_state
 from llava_keeplora.export.predict import load_run_predictor
 from llava_keeplora.export.run_export import export_run
 from llava_keeplora.methods import METHODS
+from llava_keeplora.methods.base import TaskContext
+from llava_keeplora.methods.individual import first_task
 from llava_keeplora.methods.mixture import mix_tasks
 from llava_keeplora.models import Prepared, load_model
 from llava_keeplora.report.resources import read_needs
@@ -121,6 +124,29 @@ def test_a_plan_proposes_no_setting_that_the_row_does_not_have():
 @pytest.mark.parametrize("of", ["keeplora", "splitlora", "nusa-cl", "o-lora"])
 def test_individual_of_another_method_keeps_the_contract(run_tree, tiny_tasks, tmp_path, of):
     check_method("individual", {"of": of}, run_tree(tmp_path / "run", tasks=[str(t) for t in tiny_tasks[:2]]))
+
+
+def test_a_task_alone_sees_nothing_of_earlier_ones(run_config, driven, tiny_tasks, tmp_path):
+    rows = {
+        "penalised": {"of": "o-lora", "settings": {"lambda1": 50.0}},
+        "without": {"of": "o-lora", "settings": {"lambda1": 0.0}},
+        "sums": {"of": "sd-lora"},
+    }
+    methods = {label: {"method": "individual", **row} for label, row in rows.items()}
+    run = driven(run_config(tmp_path / "run", methods=methods, tasks=[str(t) for t in tiny_tasks[:2]]))
+    penalised, free = (files(run, label, "task-*/delta.safetensors") for label in list(rows)[:2])
+    assert penalised == free and len(free) == 2
+    first, second = (load_deltas(path) for path in sorted((run / "sums").glob("task-*/delta.safetensors")))
+    assert {name: delta.A.shape for name, delta in first.items()} == {
+        name: delta.A.shape for name, delta in second.items()
+    }
+
+
+def test_a_task_alone_has_its_own_budget_as_the_first():
+    seen = [Budget.of({"num_train_epochs": 1, "per_device_train_batch_size": 8}, n, 1) for n in (24, 64)]
+    ctx = TaskContext(2, "second", {}, int, dict, 0, 0, budgets=seen, deltas=lambda: [{}])
+    alone = first_task(ctx)
+    assert (alone.index, list(alone.budgets), alone.deltas()) == (1, seen[1:], [])
 
 
 def test_individual_has_one_row_whose_mean_is_last_and_no_other_aggregate(finished):
