@@ -158,6 +158,9 @@ class Merge(SequentialLora):
         """Load the prototypes of every task."""
         if self.router:
             self.router.load_state_dicts(states)
+        if len(states) - 1 < len(self._unified):
+            # A task that was taken back, or is to be learned again: another update follows in its place.
+            self._unified = Unified()
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """Return the prototypes of a task, if they route."""

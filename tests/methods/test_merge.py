@@ -1,6 +1,7 @@
 """The identities of merged task vectors."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,9 +240,7 @@ def test_condu_takes_a_module_that_a_task_left_out_as_unchanged(tasks):
 
 def test_condu_answers_with_the_given_task_s_decoupled_update_and_else_with_the_base(finished):
     learned = load_learned_run(finished, "condu")
-    found = Unified()
-    for task in learned.deltas:
-        found.add(task)
+    found = unified_tasks(*learned.deltas)
     for index, recipe in enumerate(learned.recipes):
         data = load_split(recipe, "test")
         family = learned.load(deltas=[found.decoupled(index)])
@@ -253,6 +252,29 @@ def test_condu_answers_with_the_given_task_s_decoupled_update_and_else_with_the_
     told = read_predictions(predictions(finished, "condu", 1, learned.recipes[1]), data)
     expected = base.predictor(data.recipe, Prepared(base, data)).predict(list(data))
     assert [told[key] for key in data.ids] == expected
+
+
+def test_condu_forgets_an_update_that_was_taken_back_for_another(tasks):
+    condu = method(rule="condu", routing="oracle")
+    first, taken_back = tasks[:2]
+    instead = scale_deltas(taken_back, -2.0)
+
+    def unify_all(*updates):
+        return condu._unify(SimpleNamespace(learned=updates, deltas=lambda: list(updates)))
+
+    unify_all(first, taken_back)
+    condu.load_state_dicts([{}, {}])  # As when the next task begins after the first alone.
+    found, expected = unify_all(first, instead).decoupled(1), unified_tasks(first, instead).decoupled(1)
+    for name in expected:
+        for key, change in expected[name].changes().items():
+            assert torch.equal(found[name].changes()[key], change)
+
+
+def unified_tasks(*updates):
+    found = Unified()
+    for update in updates:
+        found.add(update)
+    return found
 
 
 def decoupled_by_definition(first, second):
