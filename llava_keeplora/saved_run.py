@@ -25,6 +25,7 @@ from llava_keeplora.config import (
 )
 from llava_keeplora.config.training_args import MACHINE_ARGUMENTS, per_task
 from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.methods.presets import RULES
 from llava_keeplora.records import read_object
 from llava_keeplora.registries import plugin_identity
 from llava_keeplora.run_folder import (
@@ -45,13 +46,13 @@ from llava_keeplora_recipes.strict_yaml import is_file_name
 
 logger = logging.getLogger(__name__)
 
-#: Settings of methods that older versions did not have → their default, with which a run has the identity of
-#: one without them.
-LATER_OPTIONS: dict[str, Any] = {
-    "feature_rule": "energy",
-    "plasticity": 20.0,
-    "rejection": 0.0,
-    "update_bound": None,
+#: Settings of methods that older versions did not have → the values with which a run has the identity of one
+#: without them. A preset's own `rejection` is the exception: 0 switches it off.
+LATER_OPTIONS: dict[str, Sequence[Any]] = {
+    "feature_rule": ("energy",),
+    "plasticity": (20.0,),
+    "rejection": (0.0, None),
+    "update_bound": (None,),
 }
 #: Settings of methods whose default was another one in older versions → the default then and now.
 CHANGED_DEFAULTS: dict[str, Any] = {"gradient_fraction": (1.0, "auto"), "feature_fraction": (1.0, "auto")}
@@ -92,7 +93,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         method["options"] = {
             key: value
             for key, value in method["options"].items()
-            if key not in REFERENCE_PLACES and (key not in LATER_OPTIONS or value != LATER_OPTIONS[key])
+            if key not in REFERENCE_PLACES
+            and (value not in LATER_OPTIONS.get(key, ()) or _is_switched_off(key, value, method["options"]))
         }
         method["options"] = _without_idle_router(method["options"])
     # Defaults of settings that older versions did not have are left out, so that older runs keep their
@@ -117,6 +119,12 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
             k: values if len(set(values)) > 1 else values[0] for k, values in lists.items()
         }
     return tree
+
+
+def _is_switched_off(key: str, value: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a setting is `rejection: 0` beside a preset that rejects."""
+    rules = RULES.get(options.get("preset", ""))
+    return key == "rejection" and value is not None and rules is not None and rules.rejection > 0
 
 
 def _guard_identity(guard: dict[str, Any] | None, shrinks: bool) -> dict[str, Any]:

@@ -150,6 +150,12 @@ class KeepLora:
                 "the training is yours",
                 "set distillation to 0, or preset to 'paper', and add its term to your loss (docs/method.md)",
             )
+        if share := self.method.prototypes.rejection:
+            raise MethodError(
+                f"rejection is {share:g}, but it decides which model answers, and a memory leaves one model, "
+                "whose answers are yours",
+                "set rejection to 0",
+            )
         self.method.check(self.layers)
         self._base_weights = {name: fingerprint(layer.module.weight) for name, layer in self.layers.items()}
         self._other_weights = {
@@ -222,7 +228,9 @@ class KeepLora:
         """
         task = self._require_open("end")
         if task.deltas is None:
-            task.deltas = read_update(self.model, task.name, task.inits, task.frozen)
+            update = read_update(self.model, task.name, task.inits, task.frozen)
+            ctx = self._context(len(self.tasks) + 1, task.name, task.report)
+            task.deltas = self.method.finalize_deltas(ctx, update)
             self._remove_adapters(task)
             self._apply(task.deltas)
         return self._protect(task, task.deltas, batches)

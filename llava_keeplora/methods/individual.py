@@ -160,7 +160,7 @@ class Individual(Method):
 
 
 def first_task(ctx: TaskContext) -> TaskContext:
-    """Return a task's context as that of a first task, before which nothing was learned; the report stays the same."""
+    """Return a task's context as that of a first task, before which nothing was learned; the report stays."""
     return replace(ctx, index=1, budgets=ctx.budgets[ctx.index - 1 : ctx.index], deltas=list)
 
 

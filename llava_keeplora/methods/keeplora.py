@@ -66,7 +66,7 @@ from llava_keeplora.methods.keeplora_log import (
     log_gradient_estimates,
     warn_unreached_energy,
 )
-from llava_keeplora.methods.keeplora_options import check_options, distillation_of
+from llava_keeplora.methods.keeplora_options import check_options, distillation_of, rejection_of
 from llava_keeplora.methods.kept_features import KeptFeatures
 from llava_keeplora.methods.layers import in_layer, unsure_layers
 from llava_keeplora.methods.presets import RULES, least_statistics
@@ -125,8 +125,8 @@ class KeepLora(KeptFeatures):
             distillation: λ, the weight of keeping the task's image features near those of its start, on a
                 model of two encoders; 0 for none. The preset's when None.
             rejection: the largest share of a task's training examples that may be taken for none of its kind;
-                the untouched base answers an example as far away as these. 0 for the preset's, none but for
-                `balanced-rejection`.
+                the untouched base answers an example as far away as these; 0 for no test. The preset's when
+                None.
         """
 
         preset: str = "paper"
@@ -142,7 +142,7 @@ class KeepLora(KeptFeatures):
         interpolation: float | None = None
         update_bound: float | None = None
         distillation: float | None = None
-        rejection: float = 0.0
+        rejection: float | None = None
 
         def __post_init__(self) -> None:
             check_options(self)
@@ -158,7 +158,7 @@ class KeepLora(KeptFeatures):
         self.form = options.form or self.rules.form
         self.interpolation = options.interpolation or self.rules.interpolation
         self.keep_features(distillation_of(options))
-        self.reject(options.rejection or self.rules.rejection)
+        self.reject(rejection_of(options))
         self.one_process = self.rules.one_process and options.protect_features
         self.gradient_fraction, self.feature_fraction = (
             1.0 if share == AUTO and self.rules.released else share

@@ -24,6 +24,11 @@ def distillation_of(options: Any) -> float:
     return RULES[options.preset].distillation if options.distillation is None else options.distillation
 
 
+def rejection_of(options: Any) -> float:
+    """Return the share of a task's examples that may be left to the base: the setting, or the preset's."""
+    return RULES[options.preset].rejection if options.rejection is None else options.rejection
+
+
 def check_options(options: Any) -> None:
     """Check the settings of KeepLoRA against each other.
 
@@ -59,7 +64,7 @@ def check_options(options: Any) -> None:
             f"plasticity must not be negative (got {options.plasticity})", "set it to 20, as published"
         )
     _check_updates(options)
-    check_rejection(options.rejection)
+    check_rejection(rejection_of(options))
     if options.gradient == "sketch" and RULES[options.preset].gradient == "dense":
         raise MethodError(
             f"gradient is 'sketch', but the preset '{options.preset}' sums gradients in full, as the "

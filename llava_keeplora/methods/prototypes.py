@@ -54,7 +54,7 @@ class Prototypes:
         if not hasattr(predictor, "features"):
             raise MethodError(
                 "the model's predictor has no `features`, by which prototypes recognise a task",
-                "set routing to 'oracle', or KeepLoRA's rejection to 0",
+                "set routing to 'oracle', or rejection to 0",
             )
         features, groups, classes = [], [], predictor.class_features()
         for examples in ctx.examples():

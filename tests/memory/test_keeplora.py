@@ -103,6 +103,32 @@ def test_merging_is_the_base_plus_all_updates_rounded_once(learned_classifier):
     assert not lora_layers(memory.model)
 
 
+def test_the_options_that_bound_or_share_an_update_do_so():
+    updates = {}
+    for name, options in {
+        "whole": {},
+        "half": {"interpolation": 0.5},
+        "bounded": {"update_bound": 1e-3},
+    }.items():
+        model, batches = make_classifier(), vector_batches(1)
+        start = {key: model.get_submodule(key).weight.detach().double().clone() for key in ("body.0", "body.3")}
+        memory = KeepLora(model, targets=["0", "3"], rank=2, energy_weight=0.5, **options)
+        bases = {key: memory.method.bases[key].double().clone() for key in start}
+        train(memory.begin_task(batches, vector_loss), batches, vector_loss)
+        memory.end_task(batches)
+        deltas = memory.tasks[0].deltas
+        updates[name] = {key: deltas[key].dense(torch.device("cpu")).double() for key in start}
+        for key, weight in start.items():
+            change = model.get_submodule(key).weight.detach().double() - weight
+            torch.testing.assert_close(change, updates[name][key], atol=1e-6, rtol=1e-5)
+            if name == "bounded":
+                free = weight - weight @ bases[key] @ bases[key].T
+                assert float(change.norm()) == pytest.approx(1e-3 * float(free.norm()), rel=1e-3)
+                assert memory.tasks[0].report["update_shares"][key] < 1
+    for key, update in updates["whole"].items():
+        torch.testing.assert_close(updates["half"][key], 0.5 * update)
+
+
 def test_a_task_ended_without_data_protects_the_directions_that_its_update_reads():
     model, batches = make_classifier(), vector_batches(1)
     memory = KeepLora(model, targets=["0"], rank=2, energy_weight=0.5, energy_feature=1.0)
@@ -295,6 +321,8 @@ def test_batches_and_losses_that_give_no_gradient_are_refused_before_anything_ch
         ({"gradient_fracton": 0.5}, "no setting 'gradient_fracton'"),
         ({"distillation": 2.0}, "distillation is 2, but .* the training is yours"),
         ({"preset": "balanced"}, "distillation is 10, but .* preset to 'paper'"),
+        ({"rejection": 0.05}, "rejection is 0.05, but .* set rejection to 0"),
+        ({"preset": "balanced-rejection", "distillation": 0.0}, "rejection is 0.05, but"),
     ],
 )
 def test_settings_that_the_model_cannot_follow_are_refused(arguments, match):

@@ -16,6 +16,7 @@ from llava_keeplora.methods import METHODS
 from llava_keeplora.methods.rejection import RejectingPredictor, untouched
 from llava_keeplora.methods.switching import BASE
 from llava_keeplora.models import Prepared
+from llava_keeplora.saved_run import run_identity
 from llava_keeplora.testing import check_method
 from llava_keeplora_eval.predictions import read_predictions
 from llava_keeplora_recipes import load_split
@@ -127,6 +128,19 @@ def test_the_preset_with_rejection_is_the_balanced_one_and_a_share_and_does_not_
     assert KeepLora(KeepLora.Options(preset="balanced")).mergeable
     other = KeepLora(KeepLora.Options(preset="balanced-rejection", rejection=0.2))
     assert other.prototypes.rejection == 0.2
+
+
+def test_a_rejection_of_0_is_none_with_every_preset_and_another_run_than_the_presets(run_config, tmp_path):
+    off = KeepLora(KeepLora.Options(preset="balanced-rejection", rejection=0.0))
+    assert off.mergeable and not off.keeps_prototypes and off.distillation == 10.0
+
+    def recorded(**options):
+        config = run_config(tmp_path / "run", methods={"keeplora": options})
+        return run_identity(config)["methods"]["keeplora"]["options"]
+
+    assert "rejection" not in recorded() and recorded(rejection=0) == recorded()
+    assert "rejection" not in recorded(preset="balanced-rejection")
+    assert recorded(preset="balanced-rejection", rejection=0)["rejection"] == 0
 
 
 def test_what_does_not_go_with_rejection_is_refused(finished, run_tree, tmp_path):
