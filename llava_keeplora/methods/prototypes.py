@@ -28,8 +28,9 @@ class Prototypes:
     """The prototypes of the tasks learned so far.
 
     Args:
-        rejection: the largest share of a task's training examples that may be taken for none of its kind: an
-            example is the nearest task's if its cosine is not below the one that this leaves. 0 for no test.
+        rejection: the largest share of a task's training examples that may be taken for none of its
+            kind, each by the prototypes of the others. An example is the nearest task's if its cosine is
+            not below the one that this leaves. 0 for no test.
         states: those of the base and of every task.
     """
 
@@ -65,11 +66,12 @@ class Prototypes:
         shares = all_gather_object((gathered, groups))
         rows = torch.cat([share for share, _ in shares if share is not None])
         labels = torch.tensor([label for _, labels in shares for label in labels])
-        added = prototypes(rows, labels, None if classes is None else classes.cpu())
+        prompts = None if classes is None else classes.cpu()
+        added = prototypes(rows, labels, prompts)
         self.tasks.append(added)
         self._added = {KEY: added}
         if self.rejection:
-            own = (rows @ added.to(rows).T).amax(dim=1)
+            own = left_out_cosines(rows, labels, prompts)
             self.least.append(own.kthvalue(int(self.rejection * len(own)) + 1).values.float())
             self._added[LEAST] = self.least[-1]
         ctx.report["routed_right"] = float((self.nearest(rows) == len(self.tasks) - 1).float().mean())
@@ -121,16 +123,46 @@ def prototypes(features: Tensor, groups: Tensor, prompts: Tensor | None) -> Tens
         groups: number of each example's group (n,).
         prompts: of each group (k, p), of unit length; None for groups without prompts.
     """
+    return _directions(*_sums(features, groups, prompts), prompts).float()
+
+
+def left_out_cosines(features: Tensor, groups: Tensor, prompts: Tensor | None) -> Tensor:
+    """Return each example's largest cosine with the prototypes as they are without it (n,), in fp64.
+
+    With prototypes that hold the example, those of few examples would be nearer to it than to any new one.
+
+    Args:
+        features, groups, prompts: see `prototypes`.
+    """
+    sums, sizes = _sums(features, groups, prompts)
+    whole, found = _directions(sums, sizes, prompts), []
+    for rows, members in zip(features.split(CHUNK), groups.split(CHUNK), strict=True):
+        rows = rows.double()
+        without = _directions(
+            sums[members] - rows, sizes[members] - 1, None if prompts is None else prompts[members]
+        )
+        cosines = rows @ whole.T
+        cosines[torch.arange(len(rows)), members] = (rows * without).sum(dim=1)
+        found.append(cosines.amax(dim=1))
+    return torch.cat(found)
+
+
+def _sums(features: Tensor, groups: Tensor, prompts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the sum of each group's features (k, p) and its number of examples (k,), in fp64."""
     count = int(groups.max()) + 1 if prompts is None else len(prompts)
     sums = torch.zeros(count, features.shape[1], dtype=torch.float64)
     # Chunk by chunk, since all features in fp64 would be twice as large again.
     for rows, members in zip(features.split(CHUNK), groups.split(CHUNK), strict=True):
         sums.index_add_(0, members, rows.double())
-    sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, torch.ones(len(groups)).double())
+    return sums, torch.bincount(groups, minlength=count).double()
+
+
+def _directions(sums: Tensor, sizes: Tensor, prompts: Tensor | None) -> Tensor:
+    """Return the prototypes of groups with these sums and sizes, in fp64; 0 where there is nothing of one."""
     means = sums / sizes.clamp(min=1)[:, None]
     if prompts is not None:
         means = torch.where(sizes[:, None] > 0, (means + prompts.double()) / 2, prompts.double())
-    return normalize(means, dim=1).float()
+    return normalize(means, dim=1)
 
 
 def check_rejection(share: float) -> None:

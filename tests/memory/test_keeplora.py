@@ -111,7 +111,9 @@ def test_the_options_that_bound_or_share_an_update_do_so():
         "bounded": {"update_bound": 1e-3},
     }.items():
         model, batches = make_classifier(), vector_batches(1)
-        start = {key: model.get_submodule(key).weight.detach().double().clone() for key in ("body.0", "body.3")}
+        start = {
+            key: model.get_submodule(key).weight.detach().double().clone() for key in ("body.0", "body.3")
+        }
         memory = KeepLora(model, targets=["0", "3"], rank=2, energy_weight=0.5, **options)
         bases = {key: memory.method.bases[key].double().clone() for key in start}
         train(memory.begin_task(batches, vector_loss), batches, vector_loss)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.functional import normalize
 
 from llava_keeplora.adapters import BaseWeights, Delta
 from llava_keeplora.config import parse_config
@@ -13,6 +14,7 @@ from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.export.run_export import export_run
 from llava_keeplora.methods import METHODS
+from llava_keeplora.methods.prototypes import left_out_cosines, prototypes
 from llava_keeplora.methods.rejection import RejectingPredictor, untouched
 from llava_keeplora.methods.switching import BASE
 from llava_keeplora.models import Prepared
@@ -77,9 +79,37 @@ def test_a_share_of_the_training_examples_is_below_the_number_that_is_kept(finis
     for task, recipe in enumerate(learned.recipes, 1):
         state = load_file(next((finished / "wary").glob(f"task-{task:02}-*/state.safetensors")))
         data = load_split(recipe, "train")
-        features = base.predictor(recipe, Prepared(base, data)).features(list(data))
-        below = (features @ state["prototypes"].T).amax(dim=1) < state["prototypes.least"] - 1e-6
+        predictor = base.predictor(recipe, Prepared(base, data))
+        features, prompts = predictor.features(list(data)), predictor.class_features()
+        labels = torch.tensor([example.label for example in data])
+        own = []
+        for row, feature in enumerate(features):
+            others = torch.arange(len(data)) != row
+            own.append(float((prototypes(features[others], labels[others], prompts) @ feature).max()))
+        below = torch.tensor(own) < state["prototypes.least"] - 1e-6
         assert int(below.sum()) == len(data) // 2
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 8])
+@pytest.mark.parametrize("with_prompts", [True, False])
+def test_no_more_new_examples_than_the_share_are_below_it_however_few_a_class_has(per_class, with_prompts):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    classes, width, rejected = 12, 32, []
+    for _ in range(40):
+        centres = draw(classes, width)
+        prompts = normalize(centres + draw(classes, width), dim=1) if with_prompts else None
+        labels = torch.arange(classes).repeat(per_class)
+        seen, new = (normalize(centres[labels] + draw(len(labels), width), dim=1) for _ in range(2))
+        least = left_out_cosines(seen, labels, prompts).float().kthvalue(int(0.2 * len(labels)) + 1).values
+        nearest = (new @ prototypes(seen, labels, prompts).T).amax(dim=1)
+        rejected.append(float((nearest < least).float().mean()))
+    assert torch.tensor(rejected).mean() <= 0.2 + 2 * torch.tensor(rejected).std() / 40**0.5
+
+
+def test_an_example_that_is_all_of_its_kind_is_far_from_what_is_left_without_it():
+    features = normalize(torch.tensor([[1.0, 2.0, 0.0]]), dim=1)
+    assert left_out_cosines(features, torch.zeros(1, dtype=torch.long), None).tolist() == [0.0]
 
 
 def test_weights_carry_nothing_in_the_block_and_what_they_carried_after_it_also_after_an_error():
