@@ -236,7 +236,7 @@ class Run:
             at_task: the last learned task, counted from 1; the last finished one when None.
 
         Raises:
-            UserError: no task is finished, or what the method learned does not merge into the weights.
+            UserError: no task is finished, or the method takes more than its files to answer with.
         """
         from llava_keeplora.export import load_run_predictor
 

@@ -6,18 +6,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from torch import Tensor
 
 from llava_keeplora.adapters import BaseWeights, Delta, Deltas, FullDelta, load_deltas
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError, RunError, nearest
+from llava_keeplora.files import read_tensors
 from llava_keeplora.journal import OUTCOMES, Entry, Journal, rolled_back
 from llava_keeplora.methods import METHODS, Method
 from llava_keeplora.models import ASSETS, Family, embedded_models, load_model
 from llava_keeplora.models.layouts import part_of
 from llava_keeplora.objects import Objects
-from llava_keeplora.run_folder import DELTA, JOURNAL, MATRIX, Stage, read_dumped
+from llava_keeplora.run_folder import DELTA, JOURNAL, KEPT, MATRIX, STATE, Stage, read_dumped
 from llava_keeplora.saved_run import (
     base_content,
     base_record,
@@ -93,6 +96,20 @@ class LearnedRun:
         )
         names = [matrix.tasks[place] for place in self.places]
         return Matrix(names, zero_shot, [row for row in rows if row][: len(self.deltas)])
+
+    def states(self) -> list[dict[str, Tensor]]:
+        """Return what the method keeps of the base and of each task, in order.
+
+        Raises:
+            RunError: a file is damaged.
+        """
+        states: list[dict[str, Tensor]] = [{} for _ in range(len(self.deltas) + 1)]
+        for entry in self.entries:
+            for name, expected in entry.files.items():
+                if PurePosixPath(name).name in (KEPT, STATE):
+                    path = checked(self.run / self.label / name, expected, f"task {entry.task}")
+                    states[entry.task] |= read_tensors(path)
+        return states
 
     def base_record(self) -> dict[str, Any] | None:
         """Return the content of the base with which the run began; None if it is not recorded.

@@ -152,6 +152,9 @@ class Method:
     dense_updates = False
     #: Whether `after_task` takes features of all of a task's examples, and keeps one per class, or one.
     keeps_prototypes = False
+    #: Whether the tasks' deltas and states are all that `predictor_of` needs, so that a finished run's files
+    #: can answer also where nothing merges.
+    answers_from_files = False
     #: Whether a task may train on other data than its own; see `mixture` and `further_budget`.
     mixes = False
     #: Whether an update may be trained elsewhere (`adopt`): deltas and `after_task` are all that is needed.

@@ -67,6 +67,7 @@ class KeepLoraPlus(KeepLora):
     stage_cost = KeepLora.stage_cost | {Stage.TRAINED: 1.0}
     supports_zero3 = False
     adopts = False
+    answers_from_files = True
 
     @dataclass(frozen=True)
     class Options(KeepLora.Options):

@@ -121,6 +121,7 @@ class Merge(SequentialLora):
         self.router = TaskRouter(options.routing, options.rejection) if options.rule == CONDU else None
         self.stage_cost = self.router.stage_cost if self.router else {}
         self.keeps_prototypes = self.router is not None and self.router.keeps_prototypes
+        self.answers_from_files = self.router is not None and self.router.answers_from_files
         given = self.router is not None and options.routing == ORACLE
         self.info = replace(self.info, task_id_at_test=given)
         self._unified = Unified()

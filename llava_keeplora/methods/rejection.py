@@ -50,7 +50,8 @@ class RejectingMethod(ProtectingMethod):
         self.prototypes = Prototypes(share)
         if not share:
             return
-        self.keeps_prototypes, self.adopts, self.supports_zero3 = True, False, False
+        self.keeps_prototypes, self.answers_from_files = True, True
+        self.adopts, self.supports_zero3 = False, False
         self.zero3_conflict = ZERO3_CONFLICT
         consolidated = self.stage_cost.get(Stage.CONSOLIDATED, 0.0) + 1.0
         self.stage_cost = self.stage_cost | {Stage.CONSOLIDATED: consolidated}

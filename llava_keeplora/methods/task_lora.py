@@ -131,6 +131,7 @@ class TaskLora(SequentialLora):
         self.router = TaskRouter(options.routing, options.rejection, options.router_training())
         self.mixes = self.router.lora is not None
         self.stage_cost, self.keeps_prototypes = self.router.stage_cost, self.router.keeps_prototypes
+        self.answers_from_files = self.router.answers_from_files
         self.info = replace(self.info, task_id_at_test=options.routing == ORACLE)
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:

@@ -40,6 +40,8 @@ class TaskRouter:
         self.stage_cost = {Stage.CONSOLIDATED.value: 1.0} if routing == PROTOTYPES else {}
         #: See `Method.keeps_prototypes`.
         self.keeps_prototypes = routing == PROTOTYPES
+        #: See `Method.answers_from_files`; a model that is asked needs the run's own settings of its answers.
+        self.answers_from_files = routing != MODEL
 
     def check(self, ctx: TaskContext) -> None:
         """Check before the first training that the model can route.

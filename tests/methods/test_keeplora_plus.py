@@ -22,6 +22,7 @@ from llava_keeplora.models import ClipFamily, Prepared
 from llava_keeplora.sequence.fork import fork
 from llava_keeplora_eval.predictors import ClipPredictor
 from llava_keeplora_recipes import load_recipe, load_split
+from run_answers import assert_predictor_answers_as_the_run
 from shorter_runs import reload_here
 
 KeepLoraPlus = METHODS["keeplora+"]
@@ -51,6 +52,11 @@ def finished(tmp_path_factory, run_config, driven):
 @pytest.fixture(scope="module")
 def recipes(tiny_tasks):
     return [load_recipe(str(path)) for path in tiny_tasks]
+
+
+@pytest.mark.parametrize("label", ["keeplora+"])
+def test_a_predictor_of_the_finished_run_answers_as_the_run_did(finished, label):
+    assert_predictor_answers_as_the_run(finished, label, 2)
 
 
 def folder(run, label, task):

@@ -19,6 +19,7 @@ from llava_keeplora.models import Prepared
 from llava_keeplora.testing import check_method
 from llava_keeplora_eval.predictions import read_predictions
 from llava_keeplora_recipes import load_split
+from run_answers import assert_predictor_answers_as_the_run
 
 Merge = METHODS["merge"]
 #: Label → its options; all are trained in one run.
@@ -275,6 +276,11 @@ def unified_tasks(*updates):
     for update in updates:
         found.add(update)
     return found
+
+
+@pytest.mark.parametrize("label", ["condu", "nearest"])
+def test_a_predictor_of_the_finished_run_answers_as_the_run_did(finished, label):
+    assert_predictor_answers_as_the_run(finished, label, 2)
 
 
 def decoupled_by_definition(first, second):

@@ -22,6 +22,7 @@ from llava_keeplora.saved_run import run_identity
 from llava_keeplora.testing import check_method
 from llava_keeplora_eval.predictions import read_predictions
 from llava_keeplora_recipes import load_split
+from run_answers import assert_predictor_answers_as_the_run
 
 KeepLora = METHODS["keeplora"]
 
@@ -71,6 +72,11 @@ def test_the_base_answers_what_is_further_from_every_task_than_half_of_its_own_a
         assert [found[key] for key in data.ids] == [texts[own][row] for row, own in enumerate(known)]
         seen |= set(known)
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_predictor_of_the_finished_run_answers_as_the_run_did(finished, after):
+    assert_predictor_answers_as_the_run(finished, "wary", after)
 
 
 def test_a_share_of_the_training_examples_is_below_the_number_that_is_kept(finished):

@@ -25,6 +25,7 @@ from llava_keeplora.models import Prepared, load_model
 from llava_keeplora.testing import check_method
 from llava_keeplora_eval.predictions import read_predictions
 from llava_keeplora_recipes import load_recipe, load_split
+from run_answers import assert_predictor_answers_as_the_run
 
 TaskLora = METHODS["task-lora"]
 
@@ -51,6 +52,11 @@ def test_the_oracle_answers_each_task_with_its_own_adapter_and_a_new_one_with_th
             family = learned.load(deltas=[learned.deltas[task]] if task < after else [])
             expected = family.predictor(recipe, Prepared(family, data)).predict(list(data))
             assert answers(finished, "oracle", after, recipe, data) == expected
+
+
+@pytest.mark.parametrize("label", ["nearest", "oracle", "wary"])
+def test_a_predictor_of_the_finished_run_answers_as_the_run_did(finished, label):
+    assert_predictor_answers_as_the_run(finished, label, 2)
 
 
 def test_prototypes_answer_each_example_with_the_adapter_of_the_nearest_task(finished):
