@@ -1,4 +1,4 @@
-"""Draw the plot of docs/results.md from the numbers in docs/results: Transfer against Last of all methods.
+"""Draw the plots of README and docs/results.md from the numbers in docs/results: Transfer against Last.
 
 python scripts/draw_results.py
 """
@@ -11,27 +11,69 @@ from typing import Any
 
 from llava_keeplora.compare import load_table
 from llava_keeplora.compare.run_table import Tried
-from llava_keeplora.compare.tradeoff import tradeoff_figure
-from llava_keeplora.report.figures import encode
+from llava_keeplora.compare.tradeoff import (
+    GREY,
+    LAST,
+    TRANSFER,
+    draw_rows,
+    label_rows,
+    method_looks,
+    tradeoff_figure,
+)
+from llava_keeplora.report.figures import LIGHT, bare, encode, new_figure
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
 DOCS = Path(__file__).parents[1] / "docs"
+#: The methods in colour: those with settings tried, and `balanced-rejection`, which has that of `balanced`.
+COLOURED = ("seq-lora", "keeplora", "balanced", "splitlora", "eblora", "balanced-rejection")
+#: Those of them in the README.
+SHOWN = ("seq-lora", "keeplora", "balanced", "balanced-rejection", "eblora")
+
+
+def read(name: str) -> Any:
+    """Return the content of a result file of the table of learned tasks."""
+    return json.loads((DOCS / f"results/table-learned{name}.json").read_text())
+
+
+def fast_rows() -> dict[str, Any]:
+    """Return the rows of order 1 at 2e-3 that are methods of the table, zero-shot or bounds."""
+    labels = load_table("table-learned").methods
+    return {label: row for label, row in read("-fast")["I"].items() if label in (ZERO_SHOT, *labels)}
 
 
 def tradeoff():
-    """Return the plot: the settings tried, the tuned rows, and all at the rate at which tasks are learned."""
-    names = {"tried": "-tried", "tuned": "", "fast": "-fast"}
-    read: dict[str, Any] = {
-        name: json.loads((DOCS / f"results/table-learned{suffix}.json").read_text())
-        for name, suffix in names.items()
-    }
+    """Return the plot of docs/results.md: the settings tried, the tuned rows, and all rows at 2e-3."""
+    orders = {"order 1, tuned by Average, test": read("")["I"], "order 1 at 2e-3, test": fast_rows()}
     labels = list(load_table("table-learned").methods)
-    tuned, fast = read["tuned"]["I"], read["fast"]["I"]
-    bounds = {label: row for label, row in tuned.items() if row["transfer_mean"] is None}
-    fast = {label: row for label, row in fast.items() if label in (ZERO_SHOT, *labels)} | bounds
-    orders = {"order 1, tuned by Average, test": tuned, "order 1 at 2e-3, test": fast}
-    return tradeoff_figure(labels, [Tried(**one) for one in read["tried"]], orders)
+    return tradeoff_figure(labels, [Tried(**one) for one in read("-tried")], orders, coloured=COLOURED)
+
+
+def readme_tradeoff():
+    """Return the plot of the README: the rows at 2e-3, five methods by name and colour."""
+    rows, looks = fast_rows(), method_looks(COLOURED)
+    looks = {label: looks[label] | {"markersize": 8} for label in (*SHOWN, ZERO_SHOT)}
+    figure = new_figure((7.6, 4.8), LIGHT)
+    axes = figure.subplots()
+    draw_rows(axes, rows, looks)
+    bare(axes, LIGHT)
+    axes.set(xlabel=LAST, ylabel=TRANSFER, xlim=(34.5, 62), ylim=(33.5, 53.5), yticks=range(35, 55, 5))
+    axes.annotate(
+        "better",
+        (0.985, 0.985),
+        xytext=(-34, -32),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=10,
+        color=LIGHT.ink,
+        arrowprops={"arrowstyle": "->", "color": LIGHT.ink},
+    )
+    label_rows(
+        axes, rows, {label: look["color"] for label, look in looks.items()}, fontsize=10, weight="bold"
+    )
+    label_rows(axes, rows, {label: GREY for label in rows if label not in looks})
+    return figure
 
 
 if __name__ == "__main__":
-    (DOCS / "images/transfer-last.png").write_bytes(encode(tradeoff(), "png"))
+    (DOCS / "images/transfer-last.png").write_bytes(encode(readme_tradeoff(), "png"))
+    (DOCS / "images/transfer-last-settings.png").write_bytes(encode(tradeoff(), "png"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from llava_keeplora_eval.files import write_atomic
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
 
 DPI = 150
 #: Okabe and Ito's colours (2008), which colour-blind readers can distinguish, ordered so that neighbours
@@ -26,7 +28,26 @@ LEGEND_MARK, LEGEND_LETTER = 0.6, 0.085
 STYLES = ("-", "--", ":", (0, (8, 2)), (0, (4, 1, 1, 1, 1, 1)))
 #: Line style of bounds.
 BOUND_LINE = "-."
-#: The same for bars.
+#: Size of the names of points, and where such a name may stand: its distance in points, and the side of it
+#: that is there.
+NAME_SIZE = 7
+NAME_PLACES = (
+    (5, 0, "left", "center"),
+    (-5, 0, "right", "center"),
+    (0, 5, "center", "bottom"),
+    (0, -5, "center", "top"),
+    (4, 4, "left", "bottom"),
+    (4, -4, "left", "top"),
+    (-4, 4, "right", "bottom"),
+    (-4, -4, "right", "top"),
+    (0, 12, "center", "bottom"),
+    (0, -12, "center", "top"),
+    (9, 7, "left", "bottom"),
+    (9, -7, "left", "top"),
+    (-9, 7, "right", "bottom"),
+    (-9, -7, "right", "top"),
+)
+#: The line styles' counterpart for bars.
 HATCHES = ("", "////", "....", "xxxx", "----")
 
 
@@ -110,6 +131,74 @@ def legend_above(figure: Figure, panels: Sequence[Axes], palette: Palette) -> No
             edgecolor=palette.paper,
             fontsize=9,
         )
+
+
+def label_points(
+    axes: Axes,
+    points: Mapping[str, Sequence[float]],
+    lines: Sequence[float],
+    colours: Mapping[str, str],
+    palette: Palette,
+    **text: Any,
+) -> None:
+    """Write names next to points, each at the first place where it covers no point and no name, if any.
+
+    Args:
+        axes: a panel whose content, apart from the names, is complete.
+        points: name → its point and the lengths of its bars to either side, horizontal and vertical; no name
+            covers any of them.
+        lines: where vertical lines stand; a name that has no other place interrupts one.
+        colours: name → its colour, in the order of their claim to a place.
+        palette: the plot's colours.
+        text: settings of the names, as of matplotlib's `Text`.
+    """
+    from matplotlib.transforms import Bbox
+
+    size = text.setdefault("fontsize", NAME_SIZE)
+    axes.figure.draw_without_rendering()  # the layout, which places are measured in
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    place, unit, panel = axes.transData.transform, axes.figure.dpi / 72, axes.bbox
+    taken = [other.get_window_extent() for other in axes.texts]
+    for x, y, dx, dy in points.values():
+        (x0, y0), (x1, y1), (at_x, at_y) = place([(x - dx, y - dy), (x + dx, y + dy), (x, y)])
+        taken += [
+            Bbox.from_extents(at_x - 4 * unit, at_y - 4 * unit, at_x + 4 * unit, at_y + 4 * unit),
+            Bbox.from_extents(x0, at_y - unit, x1, at_y + unit),
+            Bbox.from_extents(at_x - unit, y0, at_x + unit, y1),
+        ]
+    at_lines = [place((x, 0))[0] for x in lines]
+    crossed = [Bbox.from_extents(x - unit, panel.y0, x + unit, panel.y1) for x in at_lines]
+    for name, colour in colours.items():
+        note = axes.annotate(
+            name,
+            points[name][:2],
+            xytext=(0, 0),
+            textcoords="offset points",
+            color=colour,
+            zorder=4,
+            **text,
+        )
+        note.set_in_layout(False)
+        for avoided in (taken + crossed, taken):
+            if _set_free_place(note, size / NAME_SIZE, avoided, panel):
+                taken.append(note.get_window_extent())
+                break
+        else:
+            note.remove()
+            continue
+        if taken[-1].count_overlaps(crossed):
+            note.set_bbox({"facecolor": palette.paper, "edgecolor": "none", "pad": 0.5})
+
+
+def _set_free_place(note: Annotation, scale: float, avoided: Sequence[Bbox], panel: Bbox) -> bool:
+    """Move a name to its first place in a panel that overlaps none of some boxes; False if there is none."""
+    for dx, dy, ha, va in NAME_PLACES:
+        note.set(position=(dx * scale, dy * scale), ha=ha, va=va)
+        box = note.get_window_extent()
+        inside = panel.x0 <= box.x0 and box.x1 <= panel.x1 and panel.y0 <= box.y0 and box.y1 <= panel.y1
+        if inside and not box.count_overlaps(avoided):
+            return True
+    return False
 
 
 def encode(figure: Figure, kind: str) -> bytes:

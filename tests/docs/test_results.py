@@ -95,13 +95,35 @@ def test_the_weights_of_the_balanced_preset_are_those_of_the_settings_tried():
     assert METHODS["keeplora"](preset).distillation == next(w for w, one in tried.items() if one["chosen"])
 
 
-def test_the_plot_has_every_method_of_the_result_files():
+@pytest.fixture(scope="module")
+def drawing():
+    """The script that draws the plots."""
     spec = importlib.util.spec_from_file_location("draw_results", ROOT / "scripts/draw_results.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    (legend,) = module.tradeoff().legends
-    drawn = {text.get_text() for text in legend.get_texts()}
-    assert drawn == {label for rows in (RUNS["I"], FAST["I"]) for label in rows} - UNDRAWN
+    return module
+
+
+def names_in(axes):
+    return {text.get_text() for text in axes.texts}
+
+
+def test_the_plot_of_the_results_has_every_method_of_the_result_files(drawing):
+    figure = drawing.tradeoff()
+    (legend,) = figure.legends
+    coloured = {text.get_text() for text in legend.get_texts()}
+    assert coloured == {"zero-shot", *drawing.COLOURED} >= {one["label"] for one in TRIED}
+    _, tuned, fast = figure.axes
+    assert names_in(tuned) | coloured >= set(RUNS["I"])
+    assert names_in(fast) == set(FAST["I"]) - UNDRAWN - coloured
+
+
+def test_the_plot_of_the_readme_names_every_method_of_the_result_files_at_its_point(drawing):
+    (axes,) = drawing.readme_tradeoff().axes
+    assert names_in(axes) == set(FAST["I"]) - UNDRAWN | {"better"}
+    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    named = {name for name, colour in colours.items() if colour != drawing.GREY}
+    assert named == {"zero-shot", "better", *drawing.SHOWN}
 
 
 def test_the_table_under_the_guard_is_that_of_the_result_file():
