@@ -243,7 +243,7 @@ class ReleasedLlavaRules(PaperRules):
 class BalancedRules(PaperRules):
     """The paper's rules, with image features kept near those of the task's start: Transfer beside learning.
 
-    The weight is the one that was best on held-out data, see docs/results.md.
+    The weight is the one that was best on held-out data, see docs/results-tried.md.
     """
 
     distillation = 10.0

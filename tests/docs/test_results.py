@@ -1,4 +1,4 @@
-"""The numbers of README and docs/results.md on the learned regime are those of the result files in docs/results."""
+"""The numbers of README, docs/results.md and docs/results-tried.md are those of the result files in docs/results."""
 
 import importlib.util
 import json
@@ -18,9 +18,11 @@ GUARD = json.loads((ROOT / "docs/results/table-guard.json").read_text())
 TRIED = json.loads((ROOT / "docs/results/table-learned-tried.json").read_text())
 LLAVA_HALF = json.loads((ROOT / "docs/results/table-learned-llava-400.json").read_text())
 LLAVA_RUNS = json.loads((ROOT / "docs/results/table-learned-llava.json").read_text())
+VARIANTS = json.loads((ROOT / "docs/results/table-learned-variants.json").read_text())
 SEARCHED = json.loads((ROOT / "docs/results/table-learned-llava-search.json").read_text())
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "docs/results.md").read_text()
+RESULTS_TRIED = (ROOT / "docs/results-tried.md").read_text()
 LEARNED, LLAVA = (
     RESULTS.split(f"\n## {family} where tasks are learned\n")[1].split("\n## ")[0]
     for family in ("CLIP", "LLaVA")
@@ -62,7 +64,9 @@ def test_the_tables_of_the_learned_regime_are_those_of_the_result_file(text):
     assert found
     for header, rows in found:
         for label, *cells in rows:
-            numbers = files[header[0]][label]
+            # The README has rows of both rates in one table.
+            label, _, rate = label.partition(" at ")
+            numbers = (FAST["I"] if rate == "2e-3" else files[header[0]])[label]
             expected = [shown(numbers, NAMES[column]) for column in header[1:-1]]
             assert cells == [*expected, str(numbers["n"])], label
 
@@ -124,6 +128,25 @@ def test_the_plot_of_the_readme_names_every_method_of_the_result_files_at_its_po
     colours = {text.get_text(): text.get_color() for text in axes.texts}
     named = {name for name, colour in colours.items() if colour != drawing.GREY}
     assert named == {"zero-shot", "better", *drawing.SHOWN}
+
+
+def test_the_variants_tried_are_those_of_the_result_file():
+    header, rows = next((header, rows) for header, rows in tables(RESULTS_TRIED))
+    names = [name.lower() for name in header[1:]]
+    assert names == ["transfer", "average", "last"]
+    zero_shot, keeplora, *variants = rows
+    assert variants == [[one["settings"], *(f"{one[name]:.1f}" for name in names)] for one in VARIANTS]
+    (fast,) = [
+        one["metrics"]
+        for one in TRIED
+        if one["label"] == "keeplora" and one["settings"]["training"]["learning_rate"] == 2e-3
+    ]
+    untouched = [fast["zero_shot_transfer"], *[fast["zero_shot_average"]] * 2]
+    assert zero_shot == ["zero-shot", *(f"{score:.1f}" for score in untouched)]
+    assert keeplora == ["KeepLoRA at 2e-3", *(f"{fast[name]:.1f}" for name in names)]
+    (balanced,) = [one for one in TRIED if one["label"] == "balanced" and one["chosen"]]
+    (same,) = [one for one in VARIANTS if one["settings"] == "`distillation: 10`"]
+    assert [round(balanced["metrics"][name], 1) for name in names] == [same[name] for name in names]
 
 
 def test_the_table_under_the_guard_is_that_of_the_result_file():
