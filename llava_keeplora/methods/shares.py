@@ -197,14 +197,13 @@ class Reader:
         record = self.ctx.report[f"{self.kind}_share"]
         loss = record["expected_loss"]
         logger.info(
-            "%s: the %s pass read %.3f of the data, ended by %s; beside that of all data, its result is "
-            "expected to lose %s of the energy%s",
+            "%s: the %s pass read %.3f of the data%s; estimated to lose %s of the energy of all",
             self.ctx.name,
             self.kind,
             record["share"],
-            record["ended_by"],
-            "an unknown part" if loss is None else f"at most {loss:.4f}",
-            f" (`{FRACTIONS[self.kind]}: 1.0` reads all of them)" * (record["ended_by"] == "cost"),
+            f", the most by its cost (`{FRACTIONS[self.kind]}: 1.0` reads all)"
+            * (record["ended_by"] == "cost"),
+            "an unknown part" if loss is None else f"about {loss:.4f}",
         )
 
 
