@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import nn
@@ -47,7 +47,7 @@ def check_method(label: str, method: Method, parts: Mapping[str, Any], family: A
     Raises:
         ConfigError, MethodError: naming the label or the setting.
     """
-    _check_family(label, type(method), family)
+    _check_family(label, method, family)
     _check_full_parts(parts, family)
     if method.every_position and (why := family.unsupported.get("every_position")):
         raise ConfigError(
@@ -142,17 +142,20 @@ def model_type(family: Any) -> str:
     return getattr(getattr(family, "config", None), "model_type", family.name)
 
 
-def _check_family(label: str, method: type[Method], family: Any) -> None:
-    """Check that the method runs on this family of models.
+def _check_family(label: str, method: Method, family: Any) -> None:
+    """Check that the method runs on this family of models with its settings.
 
     Raises:
         ConfigError: naming both.
     """
     if family.name not in method.info.families:
+        # With other settings it may run there, as a router that asks the model may be another one.
+        others = family.name in type(method).info.families
         raise ConfigError(
-            f"'{label}' runs on the family {' and '.join(method.info.families)}, but {family.path} is a "
-            f"{model_type(family)}, of the family {family.name}",
-            f"leave '{label}' out of this run",
+            f"'{label}'{_settings(method) if others else ''} runs on the family "
+            f"{' and '.join(method.info.families)}, but {family.path} is a {model_type(family)}, "
+            f"of the family {family.name}",
+            f"{'change these settings, or ' if others else ''}leave '{label}' out of this run",
         )
     types = method.info.model_types
     if types and model_type(family) not in types:
@@ -161,6 +164,16 @@ def _check_family(label: str, method: type[Method], family: Any) -> None:
             f"{family.path} is a {model_type(family)}",
             f"leave '{label}' out of this run",
         )
+
+
+def _settings(method: Method) -> str:
+    """Return a method's settings that are not the default, as an addition to its name."""
+    changed = [
+        f"{setting.name} {value!r}"
+        for setting in fields(method.options)
+        if (value := getattr(method.options, setting.name)) != setting.default
+    ]
+    return f" with {' and '.join(changed)}" if changed else ""
 
 
 def _check_full_parts(parts: Mapping[str, Any], family: Any) -> None:

@@ -50,7 +50,7 @@ from functools import partial
 
 from torch import Tensor
 
-from llava_keeplora.adapters import AdapterInit, Deltas
+from llava_keeplora.adapters import Deltas
 from llava_keeplora.adapters.task_vectors import MergedDeltas, scale_deltas, ties
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import AnswerContext, Holding, MethodInfo, TaskContext
@@ -122,8 +122,9 @@ class Merge(SequentialLora):
         self.stage_cost = self.router.stage_cost if self.router else {}
         self.keeps_prototypes = self.router is not None and self.router.keeps_prototypes
         self.answers_from_files = self.router is not None and self.router.answers_from_files
-        given = self.router is not None and options.routing == ORACLE
-        self.info = replace(self.info, task_id_at_test=given)
+        if self.router:
+            given = options.routing == ORACLE
+            self.info = replace(self.info, families=self.router.families, task_id_at_test=given)
         self._unified = Unified()
 
     @property
@@ -139,12 +140,6 @@ class Merge(SequentialLora):
             return [MergedDeltas(deltas, partial(ties, density=self.options.density))]
         factor = self.options.alpha if self.options.rule == WISE_FT else 1 / max(len(deltas), 1)
         return [scale_deltas(task, factor) for task in deltas]
-
-    def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
-        """Return a new adapter for every layer."""
-        if self.router:
-            self.router.check(ctx)
-        return super().init_adapters(ctx)
 
     def after_task(self, ctx: TaskContext) -> None:
         """Compute the task's prototypes, if they route."""

@@ -58,7 +58,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llava_keeplora.adapters import AdapterInit, BaseWeights, Deltas
+from llava_keeplora.adapters import BaseWeights, Deltas
 from llava_keeplora.methods.base import AnswerContext, Holding, Layer, MethodInfo, TaskContext
 from llava_keeplora.methods.model_router import RouterTraining
 from llava_keeplora.methods.seq_lora import SequentialLora
@@ -132,12 +132,8 @@ class TaskLora(SequentialLora):
         self.mixes = self.router.lora is not None
         self.stage_cost, self.keeps_prototypes = self.router.stage_cost, self.router.keeps_prototypes
         self.answers_from_files = self.router.answers_from_files
-        self.info = replace(self.info, task_id_at_test=options.routing == ORACLE)
-
-    def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
-        """Return a new adapter for every layer."""
-        self.router.check(ctx)
-        return super().init_adapters(ctx)
+        given = options.routing == ORACLE
+        self.info = replace(self.info, families=self.router.families, task_id_at_test=given)
 
     def after_task(self, ctx: TaskContext) -> None:
         """Compute the task's prototypes, or train the router."""

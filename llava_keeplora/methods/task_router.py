@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from llava_keeplora.errors import MethodError
-from llava_keeplora.methods.base import AnswerContext, Holding, TaskContext
+from llava_keeplora.methods.base import AnswerContext, Holding, MethodInfo, TaskContext
 from llava_keeplora.methods.model_router import ModelRouter, RouterLora, RouterTraining
 from llava_keeplora.methods.prototypes import Prototypes, check_rejection
 from llava_keeplora.methods.switching import BASE
@@ -16,6 +16,8 @@ from llava_keeplora.run_folder import Stage
 from llava_keeplora_eval.predictors import Predictor
 
 (PROTOTYPES, MODEL, ORACLE) = ROUTINGS = ("prototypes", "model", "oracle")
+#: The families whose models write text, and can be asked for a task.
+WRITING = ("llava",)
 
 
 class TaskRouter:
@@ -36,24 +38,14 @@ class TaskRouter:
         trained = routing == MODEL and training is not None and training.examples > 0
         #: The router's LoRA; None if nothing is trained.
         self.lora = RouterLora(training) if trained else None
+        #: See `MethodInfo`.
+        self.families = WRITING if routing == MODEL else MethodInfo.families
         #: See `Method.stage_cost`.
         self.stage_cost = {Stage.CONSOLIDATED.value: 1.0} if routing == PROTOTYPES else {}
         #: See `Method.keeps_prototypes`.
         self.keeps_prototypes = routing == PROTOTYPES
         #: See `Method.answers_from_files`; a model that is asked needs the run's own settings of its answers.
         self.answers_from_files = routing != MODEL
-
-    def check(self, ctx: TaskContext) -> None:
-        """Check before the first training that the model can route.
-
-        Raises:
-            MethodError: if it is asked and writes no text.
-        """
-        if self.routing == MODEL and not hasattr(ctx.model, "generate"):
-            raise MethodError(
-                "routing is 'model', but a model that writes no text cannot be asked for a task",
-                "set routing to 'prototypes'",
-            )
 
     def after_task(self, ctx: TaskContext) -> None:
         """Compute the task's prototypes, or train the router; the model must be the untouched base."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from llava_keeplora.adapters import BaseWeights, Delta
-from llava_keeplora.config import ModelConfig
+from llava_keeplora.config import ModelConfig, parse_config
 from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.export.adapter_set import _picked, export_set
 from llava_keeplora.export.loaded_run import load_learned_run
@@ -21,7 +21,8 @@ from llava_keeplora.methods.model_router import read_letter
 from llava_keeplora.methods.prototypes import prototypes
 from llava_keeplora.methods.switching import BASE, SwitchingPredictor, carrying
 from llava_keeplora.methods.task_router import TaskRouter
-from llava_keeplora.models import Prepared, load_model
+from llava_keeplora.models import Prepared, load_model, open_model
+from llava_keeplora.plan import check_start, make_plan
 from llava_keeplora.testing import check_method
 from llava_keeplora_eval.predictions import read_predictions
 from llava_keeplora_recipes import load_recipe, load_split
@@ -307,7 +308,19 @@ def test_the_model_is_asked_with_every_task_that_is_learned(mixed_tasks):
         router.choose(object(), dataclasses.replace(ctx, recipes=recipes[:1] * 27))([data[0]])
 
 
-def test_a_model_that_writes_no_text_is_not_asked():
-    ctx = TaskContext(1, "t", {}, None, None, 0, 0, model=nn.Identity())
-    with pytest.raises(MethodError, match="writes no text.*set routing to 'prototypes'"):
-        TaskLora(TaskLora.Options(routing="model")).init_adapters(ctx)
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"method": "task-lora", "routing": "model"}, "routing 'model'"),
+        ({"method": "merge", "rule": "condu", "routing": "model"}, "rule 'condu' and routing 'model'"),
+    ],
+)
+def test_a_row_that_asks_a_model_that_writes_no_text_is_refused_before_anything_runs(
+    run_tree, tmp_path, row, settings
+):
+    config = parse_config(run_tree(tmp_path / "run", methods={"seq-lora": {}, "asked": row}))
+    refused = f"'asked' with {settings} runs on the family llava, but .* is a clip.*change these settings"
+    with pytest.raises(ConfigError, match=refused):
+        check_start(config, open_model(config.model))
+    with pytest.raises(ConfigError, match=refused):
+        make_plan(config, None)
