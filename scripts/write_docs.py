@@ -111,7 +111,7 @@ def methods() -> str:
                 YES[record.task_id_at_test],
                 record.extra_parameters,
                 record.inference_cost,
-                YES[record.mergeable],
+                YES[record.mergeable] + (f" ({record.variants})" if record.variants else ""),
             )
             for name, record in records
         ),

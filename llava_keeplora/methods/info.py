@@ -41,6 +41,7 @@ class MethodInfo:
         trained: what a task trains.
         families: the model families that it runs on.
         model_types: the types of models among them, by transformers' names, that it runs on; all when empty.
+        variants: what is otherwise with some settings; lists have it after whether it merges.
     """
 
     name: str
@@ -55,17 +56,19 @@ class MethodInfo:
     trained: str = "A and B"
     families: tuple[str, ...] = ("clip", "llava")
     model_types: tuple[str, ...] = ()
+    variants: str = ""
 
     @property
     def needs(self) -> str:
         """A sentence on the families that it runs on, what it needs, and its cost at inference."""
         inputs = ["reference data"] * self.reference_data + ["the task at test time"] * self.task_id_at_test
         cost = [] if self.inference_cost == "none" else [f"extra at test: {self.inference_cost}"]
+        merging = "merges" if self.mergeable else "does not merge"
         return "; ".join(
             [
                 " and ".join(self.model_types or self.families),
                 *(f"needs {extra}" for extra in inputs),
                 *cost,
-                "merges" if self.mergeable else "does not merge",
+                f"{merging} ({self.variants})" if self.variants else merging,
             ]
         )

@@ -57,7 +57,7 @@ from llava_keeplora.methods.base import AnswerContext, Holding, MethodInfo, Task
 from llava_keeplora.methods.condu import Unified
 from llava_keeplora.methods.seq_lora import SequentialLora
 from llava_keeplora.methods.switching import ZERO3_CONFLICT, SwitchingPredictor, carrying
-from llava_keeplora.methods.task_router import ORACLE, PROTOTYPES, TaskRouter, check_routing
+from llava_keeplora.methods.task_router import PROTOTYPES, TaskRouter, check_routing
 from llava_keeplora_eval.predictors import Predictor
 
 MEAN, TIES, WISE_FT, CONDU = RULES = ("mean", "ties", "wise-ft", "condu")
@@ -71,6 +71,8 @@ class Merge(SequentialLora):
         "TIES-Merging: Resolving Interference When Merging Models",
         "https://arxiv.org/abs/2306.01708",
         kept="nothing (A and B of every task are read from its delta)",
+        variants="`condu`: does not merge, but answers with the weights of the task that a router picks by a "
+        "pass of the base, and keeps masks, factors and prototypes",
     )
     adopts, zero3_conflict = False, ZERO3_CONFLICT
 
@@ -122,15 +124,15 @@ class Merge(SequentialLora):
         self.stage_cost = self.router.stage_cost if self.router else {}
         self.keeps_prototypes = self.router is not None and self.router.keeps_prototypes
         self.answers_from_files = self.router is not None and self.router.answers_from_files
+        self.info = replace(self.info, mergeable=self.router is None, variants="")
         if self.router:
-            given = options.routing == ORACLE
-            self.info = replace(self.info, families=self.router.families, task_id_at_test=given)
+            self.info = self.router.described(
+                self.info,
+                "the weights set anew for every task that is picked",
+                "one unified change, a mask and a factor of every task",
+                self.info.kept,
+            )
         self._unified = Unified()
-
-    @property
-    def mergeable(self) -> bool:
-        """Whether the result merges into the base's weights: all but that of `condu`."""
-        return self.router is None
 
     def combine(self, deltas: Sequence[Deltas]) -> list[Deltas]:
         """Return the merged task vectors; nothing with `condu`, whose updates are on the model in answers."""

@@ -53,7 +53,7 @@ Differences from the official code (https://github.com/bjzhb666/MLLM-CL):
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ from llava_keeplora.methods.base import AnswerContext, Holding, Layer, MethodInf
 from llava_keeplora.methods.model_router import RouterTraining
 from llava_keeplora.methods.seq_lora import SequentialLora
 from llava_keeplora.methods.switching import ZERO3_CONFLICT, SwitchingPredictor, carrying
-from llava_keeplora.methods.task_router import ORACLE, PROTOTYPES, TaskRouter, check_routing
+from llava_keeplora.methods.task_router import PROTOTYPES, TaskRouter, check_routing
 from llava_keeplora.steps import Budget
 from llava_keeplora_eval.predictors import Predictor
 
@@ -132,8 +132,7 @@ class TaskLora(SequentialLora):
         self.mixes = self.router.lora is not None
         self.stage_cost, self.keeps_prototypes = self.router.stage_cost, self.router.keeps_prototypes
         self.answers_from_files = self.router.answers_from_files
-        given = options.routing == ORACLE
-        self.info = replace(self.info, families=self.router.families, task_id_at_test=given)
+        self.info = self.router.described(self.info, "A and B of the chosen task", "A and B of every task")
 
     def after_task(self, ctx: TaskContext) -> None:
         """Compute the task's prototypes, or train the router."""

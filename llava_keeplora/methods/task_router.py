@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,8 @@ from llava_keeplora_eval.predictors import Predictor
 (PROTOTYPES, MODEL, ORACLE) = ROUTINGS = ("prototypes", "model", "oracle")
 #: The families whose models write text, and can be asked for a task.
 WRITING = ("llava",)
+#: Routing → what it computes at test.
+COST = {PROTOTYPES: "a pass of the base for the router", MODEL: "an answer of the base for the router"}
 
 
 class TaskRouter:
@@ -38,14 +41,32 @@ class TaskRouter:
         trained = routing == MODEL and training is not None and training.examples > 0
         #: The router's LoRA; None if nothing is trained.
         self.lora = RouterLora(training) if trained else None
-        #: See `MethodInfo`.
-        self.families = WRITING if routing == MODEL else MethodInfo.families
         #: See `Method.stage_cost`.
         self.stage_cost = {Stage.CONSOLIDATED.value: 1.0} if routing == PROTOTYPES else {}
         #: See `Method.keeps_prototypes`.
         self.keeps_prototypes = routing == PROTOTYPES
         #: See `Method.answers_from_files`; a model that is asked needs the run's own settings of its answers.
         self.answers_from_files = routing != MODEL
+
+    def described(self, info: MethodInfo, cost: str, parameters: str, kept: str = "nothing") -> MethodInfo:
+        """Return a method's record with what the router needs, computes and keeps.
+
+        Args:
+            info: the method's record.
+            cost, parameters, kept: `MethodInfo.inference_cost`, `extra_parameters` and `kept` without router.
+        """
+        if self.lora:
+            parameters, kept = f"{parameters} and of the router", "examples, and A and B of the router"
+        elif self.keeps_prototypes:
+            parameters, kept = f"{parameters}, and its prototypes", "prototypes: a feature per class, or one"
+        return replace(
+            info,
+            families=WRITING if self.routing == MODEL else info.families,
+            task_id_at_test=self.routing == ORACLE,
+            inference_cost=f"{COST[self.routing]}, {cost}" if self.routing in COST else cost,
+            extra_parameters=parameters,
+            kept=kept,
+        )
 
     def after_task(self, ctx: TaskContext) -> None:
         """Compute the task's prototypes, or train the router; the model must be the untouched base."""

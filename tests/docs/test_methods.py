@@ -25,10 +25,15 @@ def test_the_table_says_what_the_records_say():
             YES[one.task_id_at_test],
             one.extra_parameters,
             one.inference_cost,
-            YES[one.mergeable],
+            YES[one.mergeable] + (f" ({one.variants})" if one.variants else ""),
         ]
         for name, one in ((name, method.info) for name, method in METHODS.items())
     ]
+
+
+def test_the_row_of_merging_says_that_condu_does_not():
+    (row,) = (line for line in TEXT.splitlines() if line.startswith("| [merge]"))
+    assert row.split(" | ")[-1].startswith("yes (`condu`: does not merge, ") and "prototypes" in row
 
 
 def test_the_settings_are_a_configuration_of_every_method():

@@ -361,6 +361,20 @@ def test_condu_does_not_merge_and_needs_whole_weights(finished, run_config, tmp_
     run_config(tmp_path / "run", methods={"mean": METHODS_RUN["mean"]}, training=zero3)
 
 
+def test_condu_s_record_says_what_it_keeps_and_costs_and_the_list_that_it_does_not_merge():
+    condu, given = method(rule="condu"), method(rule="condu", routing="oracle")
+    assert not condu.mergeable and "does not merge" in condu.info.needs and "`condu`" not in condu.info.needs
+    assert "prototypes" in condu.info.kept and "prototypes" in condu.info.extra_parameters
+    assert "a pass of the base for the router" in condu.info.inference_cost
+    assert given.info.inference_cost == "the weights set anew for every task that is picked"
+    assert condu.info.inference_cost.endswith(given.info.inference_cost)
+    assert "a mask" in given.info.extra_parameters and "prototypes" not in given.info.extra_parameters
+    assert given.info.kept == Merge.info.kept and given.info.task_id_at_test
+    for rule in ("mean", "ties", "wise-ft"):
+        assert method(rule=rule).info.needs == "clip and llava; merges" and method(rule=rule).mergeable
+    assert "; merges (`condu`: does not merge, " in Merge.info.needs
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

@@ -260,6 +260,27 @@ def test_a_set_says_what_picks_the_adapter_where_their_sum_is_not_the_model():
     assert picked("keeplora") == ""
 
 
+def test_the_record_is_that_of_the_router():
+    def of(**options):
+        info = TaskLora(TaskLora.Options(**options)).info
+        return info.inference_cost, info.extra_parameters, info.kept
+
+    own, all_tasks = "A and B of the chosen task", "A and B of every task"
+    assert of() == (
+        f"a pass of the base for the router, {own}",
+        f"{all_tasks}, and its prototypes",
+        "prototypes: a feature per class, or one",
+    )
+    assert of(routing="oracle") == (own, all_tasks, "nothing")
+    asked = f"an answer of the base for the router, {own}"
+    assert of(routing="model", router_examples=0) == (asked, all_tasks, "nothing")
+    assert of(routing="model") == (
+        asked,
+        f"{all_tasks} and of the router",
+        "examples, and A and B of the router",
+    )
+
+
 def test_an_unknown_router_is_refused():
     with pytest.raises(MethodError, match="one of prototypes, model, oracle.*got 'guess'"):
         TaskLora(TaskLora.Options(routing="guess"))
