@@ -22,6 +22,7 @@ from llava_keeplora.config import (
     check_adopting,
     parse_config,
     with_settings,
+    without_idle_options,
 )
 from llava_keeplora.config.training_args import MACHINE_ARGUMENTS, per_task
 from llava_keeplora.errors import ConfigError, RunError
@@ -90,13 +91,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     if not tree["data"]["train_examples"]:
         tree["data"].pop("train_examples")
     for method in tree["methods"].values():
-        method["options"] = {
-            key: value
-            for key, value in method["options"].items()
-            if key not in REFERENCE_PLACES
-            and (value not in LATER_OPTIONS.get(key, ()) or _is_switched_off(key, value, method["options"]))
-        }
-        method["options"] = _without_idle_router(method["options"])
+        options = {key: value for key, value in method["options"].items() if key not in REFERENCE_PLACES}
+        method["options"] = _identity_options(options)
     # Defaults of settings that older versions did not have are left out, so that older runs keep their
     # identity.
     for section in (tree["evaluation"], *tree["methods"].values()):
@@ -166,6 +162,17 @@ def with_recorded_defaults(config: RunConfig) -> RunConfig:
             kept[ROUTER_EXAMPLES] = 0
         methods[label] = dataclasses.replace(method, options={**method.options, **kept})
     return dataclasses.replace(config, methods=methods)
+
+
+def _identity_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's settings without those that older versions do not have, if they do nothing."""
+    return _without_idle_router(
+        {
+            key: value
+            for key, value in options.items()
+            if value not in LATER_OPTIONS.get(key, ()) or _is_switched_off(key, value, options)
+        }
+    )
 
 
 def _without_idle_router(options: dict[str, Any]) -> dict[str, Any]:
@@ -305,7 +312,7 @@ def _without_inherited_values(method: Mapping[str, Any], tree: Mapping[str, Any]
     row = {key: method[key] for key in ROW_KEYS if key in method}
     return {
         "method": method["method"],
-        **method["options"],
+        **without_idle_options(method["method"], method["options"]),
         "parts": parts,
         "training": _overridden(method["training"], tree["training"]),
         **row,
@@ -337,7 +344,8 @@ def read_identity(run: Path) -> dict[str, Any]:
             for key, (default, _) in PER_TASK.items():
                 section["training"].setdefault(key, default)
         if isinstance(section, dict) and isinstance(section.get("options"), dict):
-            section["options"] = _without_idle_router(section["options"])
+            options = without_idle_options(str(section.get("method")), section["options"])
+            section["options"] = _identity_options(options)
     return identity
 
 

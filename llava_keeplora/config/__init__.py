@@ -4,6 +4,7 @@ from llava_keeplora.config.checks import check_adopting, check_full_finetuning, 
 from llava_keeplora.config.coerce import SWITCHES, as_mapping, build
 from llava_keeplora.config.expected import ExpectedConfig
 from llava_keeplora.config.guard import ROLLBACK, STOP, GuardConfig, WatchConfig
+from llava_keeplora.config.idle_options import without_idle_options
 from llava_keeplora.config.load import (
     DEFAULT_METHODS,
     finish_config,
@@ -93,4 +94,5 @@ __all__ = [
     "read_config",
     "read_deepspeed",
     "with_settings",
+    "without_idle_options",
 ]

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava_keeplora.config import REFERENCE_PLACES, ROW_KEYS, parse_config
+from llava_keeplora.config import REFERENCE_PLACES, ROW_KEYS, parse_config, without_idle_options
 from llava_keeplora.errors import ConfigError, RunError, UserError
 from llava_keeplora.export.hub import download
 from llava_keeplora.export.inspect_state import inspect_state
@@ -288,7 +288,7 @@ def _without_inherited_values(method: Mapping[str, Any]) -> dict[str, Any]:
     row = {key: method[key] for key in ROW_KEYS if key in method}
     return {
         "method": method["method"],
-        **method["options"],
+        **without_idle_options(method["method"], method["options"]),
         "parts": method["parts"],
         "training": method["training"],
         **row,

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from llava_keeplora.adapters import BaseWeights, Delta, Deltas, FullDelta, load_deltas
-from llava_keeplora.config import EvaluationConfig, ModelConfig
+from llava_keeplora.config import EvaluationConfig, ModelConfig, without_idle_options
 from llava_keeplora.errors import ConfigError, RunError, nearest
 from llava_keeplora.files import read_tensors
 from llava_keeplora.journal import OUTCOMES, Entry, Journal, rolled_back
@@ -68,7 +68,7 @@ class LearnedRun:
         """The method with its settings, without a state."""
         settings = self.config["methods"][self.label]
         cls = METHODS[settings["method"]]
-        return cls(cls.Options(**settings["options"]))
+        return cls(cls.Options(**without_idle_options(settings["method"], settings["options"])))
 
     @cached_property
     def recipes(self) -> list[Recipe]:

@@ -110,7 +110,7 @@ class Iap(RoutedMethod):
 
         Args:
             prompts: number of prompts per attention.
-            text_layers: number of the text encoder's first layers that have prompts.
+            text_layers: number of the text encoder's first layers that have prompts, at most all.
             temperature: temperature of the gates' Gumbel softmax.
             low: a weight below this is set to 0, so that the frozen CLIP answers.
             high: a weight above this is set to 1, so that the prompts count in full.

@@ -64,7 +64,7 @@ class InfLora(ProtectingMethod):
         """Settings of InfLoRA; rank, alpha and ε_f are the parts'.
 
         Args:
-            energy_step: increase of ε with every task.
+            energy_step: increase of ε with every task, up to 1.
         """
 
         energy_step: float = 0.0

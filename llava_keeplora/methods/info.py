@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from llava_keeplora.errors import MethodError
+from llava_keeplora.errors import IdleOptionError, MethodError
+
+#: Every value of an option but None.
+ANY = object()
 
 
 def check_finite(options: Any) -> Any:
@@ -22,6 +26,37 @@ def check_finite(options: Any) -> Any:
                 f"{setting.name} must be finite (got {value})", f"its default is {setting.default}"
             )
     return options
+
+
+def check_effect(options: Any, names: Sequence[str], other: str, value: Any = ANY) -> None:
+    """Check that options are not set while another one has a value with which they do nothing.
+
+    A default does nothing anyway, and is taken. A weight of 0 is the end of its range, and what belongs to it
+    is taken as well.
+
+    Args:
+        options: a method's settings.
+        names: the options.
+        other: the option that they belong to.
+        value: the value of it with which they have an effect; `ANY` for all but None.
+
+    Raises:
+        IdleOptionError: naming the first that is set.
+    """
+    given, defaults = getattr(options, other), {option.name: option.default for option in fields(options)}
+    if given == value or (value is ANY and given is not None):
+        return
+    for name in names:
+        if (own := getattr(options, name)) == defaults[name]:
+            continue
+        if value is ANY:
+            when, cure = f"with {other} (got {name} {own!r} without it)", f"set {other}"
+        elif value is None:
+            when, cure = f"without {other} (got {name} {own!r} with {other} {given!r})", f"remove {other}"
+        else:
+            when = f"with {other} {value!r} (got {name} {own!r} with {other} {given!r})"
+            cure = f"set {other} to {value!r}"
+        raise IdleOptionError(name, defaults[name], when, cure)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from llava_keeplora.errors import MethodError, nearest
+from llava_keeplora.methods.info import check_effect
 from llava_keeplora.methods.presets import RULES
 from llava_keeplora.methods.prototypes import check_rejection
 from llava_keeplora.methods.shares import AUTO, check_fraction
@@ -63,6 +64,7 @@ def check_options(options: Any) -> None:
         raise MethodError(
             f"plasticity must not be negative (got {options.plasticity})", "set it to 20, as published"
         )
+    check_effect(options, ("plasticity",), "feature_rule", "splitlora")
     _check_updates(options)
     check_rejection(rejection_of(options))
     if options.gradient == "sketch" and RULES[options.preset].gradient == "dense":

@@ -55,6 +55,7 @@ from llava_keeplora.adapters.task_vectors import MergedDeltas, scale_deltas, tie
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import AnswerContext, Holding, MethodInfo, TaskContext
 from llava_keeplora.methods.condu import Unified
+from llava_keeplora.methods.info import check_effect
 from llava_keeplora.methods.seq_lora import SequentialLora
 from llava_keeplora.methods.switching import ZERO3_CONFLICT, SwitchingPredictor, carrying
 from llava_keeplora.methods.task_router import PROTOTYPES, TaskRouter, check_routing
@@ -97,15 +98,9 @@ class Merge(SequentialLora):
         rejection: float = 0.0
 
         def __post_init__(self) -> None:
-            check_routing(self.routing, self.rejection)
             if self.rule not in RULES:
                 raise MethodError(
                     f"rule must be one of {', '.join(RULES)} (got '{self.rule}')", "set it to 'mean'"
-                )
-            if self.rejection and self.rule != CONDU:
-                raise MethodError(
-                    f"rejection is a test of the router, and rule '{self.rule}' has none",
-                    f"set rule to '{CONDU}', or rejection to 0",
                 )
             if not 0.0 < self.density <= 1.0:
                 raise MethodError(
@@ -116,6 +111,10 @@ class Merge(SequentialLora):
                 raise MethodError(
                     f"alpha must be from 0 to 1 (got {self.alpha})", "set it to 0.8, as published"
                 )
+            check_effect(self, ("density",), "rule", TIES)
+            check_effect(self, ("alpha",), "rule", WISE_FT)
+            check_effect(self, ("routing", "rejection"), "rule", CONDU)
+            check_routing(self)
 
     def __init__(self, options: Merge.Options):
         super().__init__(options)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Holding, MethodInfo, TaskContext
+from llava_keeplora.methods.info import check_effect
 from llava_keeplora.methods.kept_examples import KeptExamples
 from llava_keeplora.methods.mixture import Mixture, add_examples
 from llava_keeplora.methods.seq_lora import SequentialLora
@@ -60,7 +61,7 @@ class Replay(SequentialLora):
 
         Args:
             share: share of a task's training examples that is kept, at least one.
-            examples: number of examples that are kept of a task, at most all; `share` decides when None.
+            examples: number of examples that are kept of a task instead, at most all.
             ratio: examples of earlier tasks in every step, per example of the task.
             general: a recipe, by name or file, whose training data are mixed in too, from the first task on.
             general_examples: most examples of it, drawn by the seed; all when None.
@@ -90,6 +91,8 @@ class Replay(SequentialLora):
                         f"{name} must not be negative, and must be finite (got {getattr(self, name)})",
                         "set it to 1, for as many as the task's own",
                     )
+            check_effect(self, ("share",), "examples", None)
+            check_effect(self, ("general_examples", "general_ratio"), "general")
 
     def __init__(self, options: Replay.Options):
         super().__init__(options)

@@ -60,12 +60,22 @@ from torch import Tensor
 
 from llava_keeplora.adapters import BaseWeights, Deltas
 from llava_keeplora.methods.base import AnswerContext, Holding, Layer, MethodInfo, TaskContext
+from llava_keeplora.methods.info import check_effect
 from llava_keeplora.methods.model_router import RouterTraining
 from llava_keeplora.methods.seq_lora import SequentialLora
 from llava_keeplora.methods.switching import ZERO3_CONFLICT, SwitchingPredictor, carrying
-from llava_keeplora.methods.task_router import PROTOTYPES, TaskRouter, check_routing
+from llava_keeplora.methods.task_router import MODEL, PROTOTYPES, TaskRouter, check_routing
 from llava_keeplora.steps import Budget
 from llava_keeplora_eval.predictors import Predictor
+
+#: Options of the training of a router.
+ROUTER_OPTIONS = (
+    "router_examples",
+    "router_epochs",
+    "router_learning_rate",
+    "router_rank",
+    "router_batch_size",
+)
 
 
 class TaskLora(SequentialLora):
@@ -109,8 +119,9 @@ class TaskLora(SequentialLora):
         router_batch_size: int = 32
 
         def __post_init__(self) -> None:
-            check_routing(self.routing, self.rejection)
+            check_routing(self)
             self.router_training()
+            check_effect(self, ROUTER_OPTIONS, "routing", MODEL)
 
         def router_training(self) -> RouterTraining:
             """Return the settings of the router's training.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import AnswerContext, Holding, MethodInfo, TaskContext
+from llava_keeplora.methods.info import check_effect
 from llava_keeplora.methods.model_router import ModelRouter, RouterLora, RouterTraining
 from llava_keeplora.methods.prototypes import Prototypes, check_rejection
 from llava_keeplora.methods.switching import BASE
@@ -107,19 +108,16 @@ class TaskRouter:
         return lambda examples: [given] * len(examples)
 
 
-def check_routing(routing: str, rejection: float) -> None:
+def check_routing(options: Any) -> None:
     """Check the options `routing` and `rejection`.
 
     Raises:
         MethodError: if the first is not one of `ROUTINGS`, or the second no share or not of use.
     """
-    if routing not in ROUTINGS:
+    if options.routing not in ROUTINGS:
         raise MethodError(
-            f"routing must be one of {', '.join(ROUTINGS)} (got '{routing}')", f"set it to '{ROUTINGS[0]}'"
+            f"routing must be one of {', '.join(ROUTINGS)} (got '{options.routing}')",
+            f"set it to '{ROUTINGS[0]}'",
         )
-    check_rejection(rejection)
-    if rejection and routing != PROTOTYPES:
-        raise MethodError(
-            f"rejection is a test on prototypes, and routing is '{routing}'",
-            f"set routing to '{PROTOTYPES}', or rejection to 0",
-        )
+    check_rejection(options.rejection)
+    check_effect(options, ("rejection",), "routing", PROTOTYPES)

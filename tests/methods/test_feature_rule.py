@@ -62,7 +62,7 @@ def test_energy_feature_bounds_the_rule_and_the_default_is_energy_alone(features
     bounded, _ = learned(X, basis, 20, energy=0.6, feature_rule="splitlora", plasticity=ALPHA)
     default, _ = learned(X, basis, 20, energy=0.6)
     assert bounded.shape == default.shape and bounded.shape[1] < HELD + published_rank(X, basis, 20)
-    assert learned(X, basis, 1, plasticity=ALPHA)[0].shape[1] == WIDTH, "all directions at ε_f 1"
+    assert learned(X, basis, 1)[0].shape[1] == WIDTH, "all directions at ε_f 1"
 
 
 def test_a_sketch_follows_the_rule_too_and_asks_for_no_second_pass(features):
