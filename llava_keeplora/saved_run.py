@@ -20,6 +20,7 @@ from llava_keeplora.config import (
     ModelConfig,
     RunConfig,
     check_adopting,
+    check_tasks,
     parse_config,
     with_settings,
     without_idle_options,
@@ -234,7 +235,9 @@ def load_run(
                 copies = {str(copy.stem): copy for copy in (run / RECIPES).glob("*.yaml")}
                 entry["task"] = str(copies.get(Path(entry["task"]).stem, entry["task"]))
         return parse_config(
-            with_settings(tree, overrides, data_root=data_root, output_dir=str(run)), run_plugins
+            with_settings(tree, overrides, data_root=data_root, output_dir=str(run)),
+            run_plugins,
+            recorded=True,
         )
     except ConfigError as error:
         raise RunError(f"{where}: {error.problem}", error.cure) from error
@@ -279,7 +282,7 @@ def followed_by(
     """Return a run's configuration with one more task; see `extended`.
 
     Raises:
-        ConfigError: also if a method cannot take an update over.
+        ConfigError: also if a method cannot take an update over, or has settings for fewer tasks.
     """
     folder = Path(source or "").expanduser()
     source = str(folder.absolute()) if source and folder.exists() else source
@@ -287,6 +290,7 @@ def followed_by(
     if load_recipe(config.tasks[-1]).name != name:
         longer = config.followed_by(task, arguments, source)
         check_adopting(longer)
+        check_tasks(longer)
         return longer
     recorded_source = config.source(len(config.tasks))
     if source not in (None, recorded_source):

@@ -1,6 +1,6 @@
 """The configuration of a run: YAML is read into frozen records, and every unknown key is an error."""
 
-from llava_keeplora.config.checks import check_adopting, check_full_finetuning, deepspeed_config
+from llava_keeplora.config.checks import check_adopting, check_full_finetuning, check_tasks, deepspeed_config
 from llava_keeplora.config.coerce import SWITCHES, as_mapping, build
 from llava_keeplora.config.expected import ExpectedConfig
 from llava_keeplora.config.guard import ROLLBACK, STOP, GuardConfig, WatchConfig
@@ -81,6 +81,7 @@ __all__ = [
     "build",
     "check_adopting",
     "check_full_finetuning",
+    "check_tasks",
     "check_training",
     "deepspeed_config",
     "find_config",

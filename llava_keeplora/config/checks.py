@@ -9,7 +9,7 @@ from typing import Any
 from llava_keeplora.config.coerce import as_mapping
 from llava_keeplora.config.schema import MethodConfig, RunConfig
 from llava_keeplora.config.training_args import read_deepspeed
-from llava_keeplora.errors import ConfigError
+from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.registries import METHODS
 from llava_keeplora_recipes import load_recipe
 
@@ -112,6 +112,19 @@ def check_adopting(config: RunConfig) -> None:
                 f"'{label}' cannot take over task '{load_recipe(task).name}', which was trained elsewhere",
                 f"adopt it into a run of {takers} alone",
             )
+
+
+def check_tasks(config: RunConfig) -> None:
+    """Check that every method can follow its settings in all tasks of the run.
+
+    Raises:
+        ConfigError: naming the method's setting and the task.
+    """
+    for label, method in config.methods.items():
+        try:
+            _made(method).check_tasks(len(config.tasks))
+        except MethodError as error:
+            raise ConfigError(f"methods.{label}.{error.problem}", error.cure) from None
 
 
 def _made(method: MethodConfig) -> Any:

@@ -12,6 +12,7 @@ from llava_keeplora.config.checks import (
     check_adopting,
     check_full_finetuning,
     check_own_optimizer,
+    check_tasks,
     deepspeed_config,
 )
 from llava_keeplora.config.coerce import as_mapping, build, check_keys, coerce_value
@@ -113,13 +114,14 @@ def _keep_methods(tree: dict[str, Any], labels: typing.Sequence[str]) -> None:
         tree[OTHER_BUDGET] = [label for label in tree[OTHER_BUDGET] if label in labels]
 
 
-def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig:
+def parse_config(tree: Mapping[str, Any], run_plugins: bool = True, recorded: bool = False) -> RunConfig:
     """Build a `RunConfig` from plain data; see `load_config`.
 
     Args:
         tree: the configuration.
         run_plugins: whether plug-ins are imported. If not, their options and the training arguments are
             accepted as recorded, which is for reading an existing run quickly and without its plug-ins.
+        recorded: whether it is a run's that exists, whose number of tasks earlier versions did not check.
     """
     tree = rename_parts(localize_plugins(tree))
     for key in TABLE_KEYS:
@@ -166,12 +168,19 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
     for label in parsed:
         config.trainings(label)
     if run_plugins:
-        # Before DeepSpeed's checks, whose cure is another stage, of which none would do here.
-        check_own_optimizer(config)
-        deepspeed_config(config)
-        check_full_finetuning(config)
-        check_adopting(config)
+        _check_sections(config, recorded)
     return config
+
+
+def _check_sections(config: RunConfig, recorded: bool) -> None:
+    """Make the checks that involve several sections at once; see `parse_config`."""
+    # Before DeepSpeed's checks, whose cure is another stage, of which none would do here.
+    check_own_optimizer(config)
+    deepspeed_config(config)
+    check_full_finetuning(config)
+    check_adopting(config)
+    if not recorded:
+        check_tasks(config)
 
 
 def parse_labels(value: Any, where: str, labels: typing.Iterable[str]) -> tuple[str, ...]:

@@ -251,7 +251,7 @@ def _localize_config(tmp_dir: Path, home: Path, base: str | None, data_root: str
                 label: _without_inherited_values(method) for label, method in config["methods"].items()
             }
         }
-        parse_config(written)
+        parse_config(written, recorded=True)
     except (KeyError, TypeError, AttributeError) as error:
         raise RunError(f"the state's configuration is not what a run writes ({error!r})", AGAIN) from error
     for name, tree in trees.items():

@@ -186,6 +186,13 @@ class Method:
             MethodError: for settings that the method cannot follow.
         """
 
+    def check_tasks(self, count: int) -> None:
+        """Check the settings against a run's number of tasks when it is configured; do nothing by default.
+
+        Raises:
+            MethodError: for settings that the method cannot follow in one of the tasks.
+        """
+
     def check_weights(self, layers: Mapping[str, Layer]) -> None:
         """Check the loaded weights of the base before any stage, in every process; do nothing by default.
 

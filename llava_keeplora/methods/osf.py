@@ -92,6 +92,21 @@ class Osf(Method):
         self.own_optimizer = options.project_steps
         self._layers: dict[str, Any] = {}
 
+    def check_tasks(self, count: int) -> None:
+        """Check that every task has directions to train.
+
+        Raises:
+            MethodError: naming the first task in which the share that is frozen has reached 1.
+        """
+        first, step = self.options.preserved, self.options.preserved_step
+        full = next((task for task in range(1, count + 1) if first + (task - 1) * step >= 1.0), None)
+        if full:
+            raise MethodError(
+                f"preserved_step {step} freezes all directions in task {full} of {count} "
+                f"(preserved is {first})",
+                f"set it to less than {(1.0 - first) / (count - 1):.3g}",
+            )
+
     def check(self, layers: Mapping[str, Layer]) -> None:
         """Check that the weights can be decomposed and trained.
 

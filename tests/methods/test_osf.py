@@ -1,5 +1,7 @@
 """The identities of OSF: the strong part of a weight does not change, the weak part is trained in full."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,8 @@ from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.methods import METHODS, Layer, TaskContext
+from llava_keeplora.run_folder import CONFIG, IDENTITY, dump_config
+from llava_keeplora.saved_run import extended, load_run, run_identity
 
 Osf = METHODS["osf"]
 SHAPES = {"wide": (6, 10), "tall": (10, 6), "square": (8, 8)}
@@ -117,6 +121,27 @@ def test_a_second_task_freezes_the_strong_directions_of_the_weight_with_the_firs
 
 def deltas_of(run):
     return [load_deltas(path) for path in sorted((run / "osf").glob("task-*/delta.safetensors"))]
+
+
+def test_a_share_that_leaves_a_task_nothing_to_train_is_refused(run_tree, tiny_tasks, tmp_path):
+    def tree(count):
+        row = {"method": "osf", "preserved": 0.5, "preserved_step": 0.25}
+        return run_tree(tmp_path / "run", methods={"row": row}, tasks=[str(p) for p in tiny_tasks[:count]])
+
+    said = r"methods.row.preserved_step 0.25 freezes all directions in task 3 of 3 .preserved is 0.5.*to less than 0.25"
+    with pytest.raises(ConfigError, match=said):
+        parse_config(tree(3))
+    two = parse_config(tree(2))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / CONFIG).write_text(dump_config(two))
+    (tmp_path / "run" / IDENTITY).write_text(json.dumps(run_identity(two)))
+    with pytest.raises(ConfigError, match=said):
+        extended(tmp_path / "run", str(tiny_tasks[2]))
+    # As versions did that took it without a word, and whose runs go on.
+    three = parse_config(tree(3), recorded=True)
+    (tmp_path / "run" / CONFIG).write_text(dump_config(three))
+    (tmp_path / "run" / IDENTITY).write_text(json.dumps(run_identity(three)))
+    assert load_run(tmp_path / "run").methods == three.methods
 
 
 def test_wrong_settings_and_quantised_weights_are_refused(monkeypatch):
