@@ -118,12 +118,6 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
-def _is_switched_off(key: str, value: Any, options: Mapping[str, Any]) -> bool:
-    """Whether a setting is `rejection: 0` beside a preset that rejects."""
-    rules = RULES.get(options.get("preset", ""))
-    return key == "rejection" and value is not None and rules is not None and rules.rejection > 0
-
-
 def _guard_identity(guard: dict[str, Any] | None, shrinks: bool) -> dict[str, Any]:
     """Return what results depend on of the guard, as a part of the run's identity; nothing without one."""
     if guard is None:
@@ -167,13 +161,9 @@ def with_recorded_defaults(config: RunConfig) -> RunConfig:
 
 def _identity_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return a method's settings without those that older versions do not have, if they do nothing."""
-    return _without_idle_router(
-        {
-            key: value
-            for key, value in options.items()
-            if value not in LATER_OPTIONS.get(key, ()) or _is_switched_off(key, value, options)
-        }
-    )
+    rejects = RULES.get(str(options.get("preset")), RULES["paper"]).rejection > 0
+    later = LATER_OPTIONS | ({"rejection": (None,)} if rejects else {})
+    return _without_idle_router({k: value for k, value in options.items() if value not in later.get(k, ())})
 
 
 def _without_idle_router(options: dict[str, Any]) -> dict[str, Any]:

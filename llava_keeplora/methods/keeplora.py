@@ -70,6 +70,7 @@ from llava_keeplora.methods.keeplora_options import check_options, distillation_
 from llava_keeplora.methods.kept_features import KeptFeatures
 from llava_keeplora.methods.layers import in_layer, unsure_layers
 from llava_keeplora.methods.presets import RULES, least_statistics
+from llava_keeplora.methods.rejection import VARIANT
 from llava_keeplora.methods.shares import AUTO, Share, read_features
 from llava_keeplora.methods.update_bound import bounded_deltas
 from llava_keeplora.run_folder import Stage
@@ -91,6 +92,7 @@ class KeepLora(KeptFeatures):
         "https://arxiv.org/abs/2601.19659",
         kept="a basis for every layer, at most as wide as its input",
         trained="B",
+        variants=VARIANT,
     )
 
     stage_cost = {Stage.PREPARED: 3.0, Stage.CONSOLIDATED: 1.0}

@@ -33,6 +33,7 @@ from llava_keeplora.adapters import AdapterInit
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import MethodInfo, TaskContext
 from llava_keeplora.methods.keeplora import KeepLora
+from llava_keeplora.methods.rejection import VARIANT
 
 
 class KeepLoraPlusPlus(KeepLora):
@@ -44,6 +45,7 @@ class KeepLoraPlusPlus(KeepLora):
         "https://arxiv.org/abs/2606.16256",
         kept="a basis for every layer, at most as wide as its input",
         trained="B",
+        variants=VARIANT,
     )
 
     @dataclass(frozen=True)

@@ -32,6 +32,8 @@ from llava_keeplora_eval.predictors import Predictor
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Example
 
+#: See `MethodInfo.variants`.
+VARIANT = "`rejection`: does not merge, as the base answers what resembles no learned task"
 #: See `Method.zero3_conflict`.
 ZERO3_CONFLICT = (
     "answers with the base or with what was learned, where shards need all processes to answer alike"
@@ -48,6 +50,7 @@ class RejectingMethod(ProtectingMethod):
     def reject(self, share: float) -> None:
         """Set the share of a task's own examples that may be left to the base; in a method's `__init__`."""
         self.prototypes = Prototypes(share)
+        self.info = replace(self.info, variants="")
         if not share:
             return
         self.keeps_prototypes, self.answers_from_files = True, True
