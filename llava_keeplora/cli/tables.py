@@ -145,11 +145,15 @@ def _as_written(args: argparse.Namespace) -> RunConfig | None:
     """Return the configuration without the command line's settings; None if it is not whole without them."""
     from llava_keeplora.config import load_config
     from llava_keeplora.errors import ConfigError
+    from llava_keeplora_recipes import load_recipes
+    from llava_keeplora_recipes.errors import RecipeError
 
     try:
-        return load_config(args.config, methods=args.methods)
-    except ConfigError:
+        written = load_config(args.config, methods=args.methods)
+        load_recipes(written.tasks)
+    except (ConfigError, RecipeError):
         return None
+    return written
 
 
 def run_compare(args: argparse.Namespace) -> int:

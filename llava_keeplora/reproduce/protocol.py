@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava_keeplora.config import MACHINE_ARGUMENTS, ZERO_SHOT, ExpectedConfig, RunConfig
 from llava_keeplora.errors import ConfigError, nearest
-from llava_keeplora.run_folder import SCORES, VERSIONS, read_record, task_files
+from llava_keeplora.run_folder import SCORES, VERSIONS, WARN, read_record, task_files
 from llava_keeplora_recipes import Recipe, load_recipe, load_recipes, load_sequence
 from llava_keeplora_recipes.errors import RecipeError
 
@@ -23,6 +23,11 @@ CONTENT = (
     *("kind", "metric", "prompt", "test_prompt", "instruction", "evaluate"),
     *("classes", "num_classes", "class_names", "expected_sizes"),
 )
+#: Keys of `model` and `data` with a clause of their own, or that change how the same numbers are computed.
+SAME_MODEL = {"name_or_path", "quantization", "attn_implementation", "object"}
+SAME_DATA = {"root", "holdout", "train_examples", "cache_gb"}
+#: Value of a method's `routing` that makes an answer depend on the other images of its test batch.
+BATCH = "batch"
 #: Most keys that a clause names.
 NAMED = 4
 
@@ -88,15 +93,18 @@ def differences(
         label → clauses, none for figures that compare.
     """
     written, recipes = written or config, load_recipes(config.tasks)
-    changed = dict(_changed_recipes(recipes, measured)) if config.expected else {}
+    names, own = [recipe.name for recipe in recipes], load_recipes(written.tasks)
+    shipped = dict(_changed_recipes(recipes, measured)) if config.expected else {}
+    changed = dict(_changed_from(recipes, own))
     return {
         label: [published.not_comparable]
         if published.not_comparable
         else [
             *_model(config, published, written),
-            *_tasks([recipe.name for recipe in recipes], published),
-            *_data(config, published, changed),
+            *_tasks(names, published, [recipe.name for recipe in own]),
+            *_data(config, shipped if published.sequence else changed, written),
             *_tests(config, label, published, written),
+            *_test_batches(config, label, measured, written),
             *_settings(config, label, measured, written),
             *_seeds(published),
         ]
@@ -110,29 +118,40 @@ def _model(config: RunConfig, published: ExpectedConfig, written: RunConfig) -> 
         yield f"other base model ({name} instead of {base})"
     if config.model.quantization != written.model.quantization:
         yield f"other base model (quantised to {config.model.quantization})"
+    changed = _changed_fields(config.model, written.model, SAME_MODEL)
+    if changed:
+        yield f"other base model (another {_list([f'model.{key}' for key in changed])})"
 
 
-def _tasks(names: list[str], published: ExpectedConfig) -> Iterator[str]:
-    """Yield a clause if the run does not learn the tasks of the figures in their order."""
-    if published.sequence is None:
-        return
-    sequence = load_sequence(published.sequence)
-    missing = [*(task for task in sequence.tasks if task not in names), *sequence.not_scored]
-    added = [name for name in names if name not in sequence.tasks]
+def _tasks(names: list[str], published: ExpectedConfig, own: list[str]) -> Iterator[str]:
+    """Yield a clause if the run does not learn the tasks of the figures in their order.
+
+    Args:
+        names: the run's tasks.
+        published: the figures.
+        own: tasks of figures that name no sequence, those of the configuration as it is written.
+    """
+    sequence = load_sequence(published.sequence) if published.sequence else None
+    tasks, not_scored = (list(sequence.tasks), sequence.not_scored) if sequence else (own, ())
+    missing = [*(task for task in tasks if task not in names), *not_scored]
+    added = [name for name in names if name not in tasks]
     if missing:
         yield f"missing tasks ({_list(missing)})"
     if added:
         yield f"other tasks ({_list(added)})"
-    if not missing and not added and names != list(sequence.tasks):
+    if not missing and not added and names != tasks:
         yield "another order of tasks"
 
 
-def _data(config: RunConfig, published: ExpectedConfig, changed: Mapping[str, str]) -> Iterator[str]:
+def _data(config: RunConfig, changed: Mapping[str, str], written: RunConfig) -> Iterator[str]:
     if config.data.holdout:
         yield f"other data (scored on {config.data.holdout:g} of the training data)"
     if config.data.train_examples:
         yield f"other data (about {config.data.train_examples} training examples of each task)"
-    if published.sequence and changed:
+    keys = _changed_fields(config.data, written.data, SAME_DATA)
+    if keys:
+        yield f"other data (another {_list([f'data.{key}' for key in keys])})"
+    if changed:
         more = f", and {len(changed) - 1} more of the tasks" if len(changed) > 1 else ""
         yield f"other data ({next(iter(changed.values()))}{more})"
 
@@ -152,6 +171,14 @@ def _changed_recipes(recipes: Sequence[Recipe], measured: Measured) -> Iterator[
             yield recipe.name, f"{recipe.name} has {found} test examples instead of {expected}"
 
 
+def _changed_from(recipes: Sequence[Recipe], written: Sequence[Recipe]) -> Iterator[tuple[str, str]]:
+    """Yield (task, how it differs) for tasks whose recipes are not those of the same names as written."""
+    before = {recipe.name: recipe for recipe in written}
+    for recipe in recipes:
+        if recipe.name in before and (changed := _changed(_content(recipe), _content(before[recipe.name]))):
+            yield recipe.name, f"{recipe.name} has another {_list(changed)}"
+
+
 def _content(recipe: Recipe) -> dict[str, Any]:
     return {key: getattr(recipe, key) for key in CONTENT}
 
@@ -164,6 +191,22 @@ def _tests(config: RunConfig, label: str, published: ExpectedConfig, written: Ru
     changed = [key for key in keys if getattr(config.evaluation, key) != getattr(written.evaluation, key)]
     if changed:
         yield f"other protocol (another evaluation.{_list(changed)})"
+
+
+def _test_batches(config: RunConfig, label: str, measured: Measured, written: RunConfig) -> Iterator[str]:
+    """Yield a clause if a row that chooses one route per batch is tested in other batches.
+
+    Processes divide a test split, so that their number changes the batches too.
+    """
+    if label not in config.methods or config.methods[label].options.get("routing") != BATCH:
+        return
+    now, then = (run.evaluation.batch_size for run in (config, written))
+    if (now, measured.processes) != (then, 1):
+        processes = f"{measured.processes} process{'es' * (measured.processes > 1)}"
+        yield (
+            f"other protocol (tested in batches of {now} in {processes}, but in batches of {then} in 1 "
+            "process there, and routes depend on it)"
+        )
 
 
 def _settings(config: RunConfig, label: str, measured: Measured, written: RunConfig) -> Iterator[str]:
@@ -180,7 +223,11 @@ def _settings(config: RunConfig, label: str, measured: Measured, written: RunCon
 
 
 def _row(config: RunConfig, label: str) -> dict[str, Any]:
-    """Return dotted key → value of all settings on which a row's training depends."""
+    """Return dotted key → value of all settings on which a row's updates depend.
+
+    `memory.statistics_gb` is none of them: it belongs to the machine, and changes only how near a sketch is
+    to the exact statistics, with an error that the run records.
+    """
     row = dataclasses.asdict(config.methods[label])
     del row["test_prompts"]
     row["training"] = {key: value for key, value in row["training"].items() if key not in SAME_STEPS}
@@ -195,7 +242,9 @@ def _row(config: RunConfig, label: str) -> dict[str, Any]:
                 flat[f"{prefix}{key}"] = value
 
     flatten("", row)
-    return flat
+    # A guard that only warns changes no update.
+    acts = config.guard and config.guard.on_failure != WARN
+    return flat | {"adopted": config.adopted, "guard": dataclasses.asdict(config.guard) if acts else None}
 
 
 def _batch(config: RunConfig, label: str) -> int:
@@ -207,6 +256,12 @@ def _batch(config: RunConfig, label: str) -> int:
 def _seeds(published: ExpectedConfig) -> Iterator[str]:
     if published.seeds not in (None, 1):
         yield f"other number of seeds (1 instead of {published.seeds})"
+
+
+def _changed_fields(now: Any, then: Any, same: Collection[str]) -> list[str]:
+    """Return the keys of which two records have different values, but for those of `same`."""
+    changed = _changed(dataclasses.asdict(now), dataclasses.asdict(then))
+    return [key for key in changed if key not in same]
 
 
 def _changed(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:

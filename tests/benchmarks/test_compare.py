@@ -3,10 +3,12 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from llava_keeplora.cli.tables import _as_written
 from llava_keeplora.config import list_configs, load_config, parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.reproduce import (
@@ -147,6 +149,11 @@ def test_a_run_as_it_was_published_compares():
     ("tree", "clause"),
     [
         ({"model": {"name_or_path": "other"}}, "other base model (other instead of tiny-clip)"),
+        (
+            {"model": DEMO["model"] | {"dtype": "bfloat16", "revision": "v2", "max_length": 9}},
+            "other base model (another model.revision, model.dtype, model.max_length)",
+        ),
+        ({"data": {"on_bad_image": "drop"}}, "other data (another data.on_bad_image)"),
         ({"data": {"holdout": 0.1}}, "other data (scored on 0.1 of the training data)"),
         (
             {"data": {"train_examples": 9}},
@@ -162,6 +169,8 @@ def test_a_run_as_it_was_published_compares():
             {"training": {"per_device_train_batch_size": 4}},
             "other settings (4 examples per step instead of 8)",
         ),
+        ({"adopted": ["elsewhere", *[None] * 6]}, "other settings (adopted)"),
+        ({"guard": {"old_tasks": {"max_drop": 2.0}, "on_failure": "shrink"}}, "other settings (guard)"),
     ],
 )
 def test_a_run_with_another_setting_does_not_compare_and_says_which(tree, clause):
@@ -209,6 +218,54 @@ def test_other_data_under_a_shipped_name_do_not_compare(tmp_path):
     assert differences(own, Measured({"mtil/mnist": 30})) == {"seq-lora": []}
 
 
+def test_without_a_sequence_the_figures_are_of_the_tasks_that_the_configuration_has(tmp_path):
+    path = tmp_path / "shapes.yaml"
+    path.write_text('{"extends": "shapes", "prompt": "a {c}"}')
+    row = SOURCE | {"figures": {"last": 50.0}}
+    tree = {"tasks": ["digits", "shapes"], "methods": {"seq-lora": {}}, "expected": {"seq-lora": row}}
+
+    def reasons(written, tasks):
+        configs = (parse_config(tree | {"tasks": names}) for names in (tasks, written))
+        config, as_written = configs
+        return differences(config, Measured(), as_written)["seq-lora"]
+
+    own = ["digits", str(path)]
+    assert reasons(own, own) == reasons(tree["tasks"], tree["tasks"]) == []
+    assert (
+        reasons(tree["tasks"], own)
+        == reasons(own, tree["tasks"])
+        == ["other data (shapes has another prompt)"]
+    )
+    assert reasons(own, own[::-1]) == ["another order of tasks"]
+    assert reasons(own, own[:1]) == ["missing tasks (shapes)"]
+    assert reasons(own[:1], own) == ["other tasks (shapes)"]
+
+
+def test_a_configuration_whose_recipes_are_not_there_is_not_whole(tmp_path):
+    path = tmp_path / "own.yaml"
+    for task, whole in (("digits", True), (str(tmp_path / "nothing.yaml"), False)):
+        path.write_text(json.dumps({"tasks": [task], "methods": {"seq-lora": {}}}))
+        assert (_as_written(SimpleNamespace(config=str(path), methods=None)) is not None) == whole
+
+
+def test_the_test_batches_of_a_row_whose_routes_depend_on_them_are_compared():
+    row = SOURCE | {"figures": {"last": 50.0}}
+    tree = {"methods": {"moe-adapters": {"routing": "batch"}, "iap": {}}, "sequence": "demo"}
+    tree |= {"model": DEMO["model"], "expected": {"moe-adapters": row, "iap": row}}
+    written = parse_config(tree)
+    smaller = parse_config(tree | {"evaluation": {"batch_size": 64}})
+    clause = (
+        "other protocol (tested in {}, but in batches of 128 in 1 process there, and routes depend on it)"
+    )
+    assert differences(written, Measured(), written) == {"moe-adapters": [], "iap": []}
+    assert differences(smaller, Measured(), written) == {
+        "moe-adapters": [clause.format("batches of 64 in 1 process")],
+        "iap": [],
+    }
+    several = differences(written, Measured(processes=2), written)["moe-adapters"]
+    assert several[0] == clause.format("batches of 128 in 2 processes")
+
+
 def test_figures_of_several_seeds_or_of_another_experiment_do_not_compare():
     assert clauses(seeds=3) == ["other number of seeds (1 instead of 3)"]
     assert clauses({"training": {"max_steps": 3}}, not_comparable="trained in full there") == [
@@ -219,6 +276,11 @@ def test_figures_of_several_seeds_or_of_another_experiment_do_not_compare():
 def test_several_processes_may_share_a_step_and_precision_is_free():
     tree = {"training": {"per_device_train_batch_size": 2, "bf16": True, "use_cpu": True}}
     assert clauses(tree, Measured(processes=4)) == []
+    # So are the memory of sketches and of images, who watches, and how attention is computed.
+    free = {"memory": {"statistics_gb": 1.0}, "data": {"root": "x", "cache_gb": 1.0}, "seed": 3}
+    free |= {"model": DEMO["model"] | {"attn_implementation": "eager"}, "evaluation": {"batch_size": 4}}
+    free |= {"guard": {"old_tasks": {"max_drop": 2.0}, "on_failure": "warn"}}
+    assert clauses(free) == []
     assert clauses(tree, Measured(processes=8)) == ["other settings (16 examples per step instead of 8)"]
 
 
