@@ -159,6 +159,7 @@ INFO = {
     "trained_parameters?": COUNT,
     "training_examples?": COUNT,
     "examples?": Each(COUNT),
+    "further_examples?": COUNT,
     "passes?": Each(COUNT),
     "task_id_at_test?": bool,
     "callbacks?": [str],

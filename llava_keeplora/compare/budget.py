@@ -1,8 +1,9 @@
 """The budget of training examples of a table's rows: the same for every row, unless the table lists a row.
 
 It is the number of examples that all training steps of a run see, each as often as it is seen: epochs times
-examples times tasks, replayed examples included. Passes without a training step (gradients, features, the
-forward passes of a teacher) are no part of it; the table lists them in a column of their own.
+examples times tasks, replayed examples and answers of the model's own that a step learns from included.
+Passes without an answer to learn (gradients, features, a teacher's forward passes, ZSCL's reference images)
+are no part of it; the table lists them in a column of their own.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _check_order(where: str, jobs: Mapping[str, Job], sizes: dict[Any, int]) -> 
         return
     counts = {name: trained_examples(config, label, sizes) for name, (label, config) in configs.items()}
     usual = usual_budget(
-        counts, [name for name, (label, config) in configs.items() if not _method(config, label).mixes]
+        counts, [name for name, (label, config) in configs.items() if _method(config, label).own_examples]
     )
     others = {name: count for name, count in counts.items() if other_budget(count, usual)}
     if others:
@@ -96,8 +97,8 @@ def _schedule(config: RunConfig, label: str) -> str:
     """Return a text that is equal for two rows only if both see as many examples, whatever the data are."""
     method = _method(config, label)
     trainings = [{key: training.get(key) for key in SCHEDULE} for training in config.trainings(label)]
-    mixed = [label, config.methods[label].options] if method.mixes else None
-    return json.dumps([trainings, mixed], default=str)
+    added = None if method.own_examples else [label, config.methods[label].options]
+    return json.dumps([trainings, added], default=str)
 
 
 def trained_examples(config: RunConfig, label: str, sizes: dict[Any, int] | None = None) -> int:

@@ -57,6 +57,7 @@ class TaskContext:
         tasks: number of tasks of the run.
         choose: part → the choice of its ε_w from the data, with the key `energy`.
         forward: the model that is trained, in its precision, on a batch; only in `before_steps` and `loss`.
+            With gradients, the batch's examples count as trained on; without, as another forward pass.
         outputs: `outputs(compute)` returns what `compute` gives for the task's training data, batch by batch
             in order, (examples, ...) in fp32 on the host; it returns a row per example of a batch.
         rows: the indices of a batch's examples in these data, (batch,); only in `loss`; None for a `mixture`.
@@ -179,6 +180,11 @@ class Method:
         """Whether a training step is that of the task's own loss, with nothing on the model but adapters."""
         return (type(self).loss, type(self).training_context) == (Method.loss, Method.training_context)
 
+    @property
+    def own_examples(self) -> bool:
+        """Whether every step is on examples of its task alone, as many as the schedule says."""
+        return not self.mixes and type(self).budget is Method.budget
+
     def check(self, layers: Mapping[str, Layer]) -> None:
         """Check the layers' settings before anything is computed; do nothing by default.
 
@@ -252,7 +258,10 @@ class Method:
         return 0, 0
 
     def budget(self, index: int, budgets: Sequence[Budget]) -> Budget:
-        """Return what the training of task `index` takes, given every task's alone; its own by default."""
+        """Return what the training of task `index` takes, given every task's alone; its own by default.
+
+        Examples that `loss` learns from besides the step's batch are part of it; see `TaskContext.forward`.
+        """
         return budgets[index - 1]
 
     def further_budget(self, index: int, budgets: Sequence[Budget]) -> Budget | None:

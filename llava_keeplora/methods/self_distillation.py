@@ -24,16 +24,17 @@ Differences from the paper:
   Processes draw different ones, so that results depend on the number of processes.
 
 Questions with an empty answer are left out. A model of two encoders writes no answers, so that it is refused.
-A step takes one forward pass more without gradients, and one more with; the answers are a file of the task's
-folder.
+A step takes one forward pass more without gradients, and learns from twice as many examples, the task's and
+as many answers of its own; both count in the budget of training examples. The answers are a file of the
+task's folder.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from llava_keeplora.methods.base import MethodInfo, TaskContext
 from llava_keeplora.methods.lwf import Lwf, check_distillation
 from llava_keeplora.methods.task_start import divergence
 from llava_keeplora.run_folder import Stage
+from llava_keeplora.steps import Budget
 
 
 class SelfDistillation(Lwf):
@@ -56,7 +58,7 @@ class SelfDistillation(Lwf):
         "https://arxiv.org/abs/2601.19897",
         families=("llava",),
     )
-    stage_cost = {Stage.PREPARED: 3.0, Stage.TRAINED: 4.0}
+    stage_cost = {Stage.PREPARED: 3.0, Stage.TRAINED: 1.0}
 
     @dataclass(frozen=True)
     class Options:
@@ -77,6 +79,11 @@ class SelfDistillation(Lwf):
         super().__init__(options)
         self._batches = torch.zeros((), dtype=torch.int64)
         self._answered: Any = None
+
+    def budget(self, index: int, budgets: Sequence[Budget]) -> Budget:
+        """Return the task's own steps, with as many answers of the model's own in each."""
+        own = budgets[index - 1]
+        return replace(own, batch=2 * own.batch, total=2 * own.seen) if self.options.strength else own
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Return a new adapter for every layer, after the model has answered the task's questions."""

@@ -22,7 +22,9 @@ Notes and differences from the official code (https://github.com/Thunderbeee/ZSC
   computed once per task here.
 - Reference images are drawn for each step separately, as a pure function of seed, task and step, instead of
   epoch by epoch, so that they affect nothing else and a resumed training uses the same ones. A step that
-  accumulates several batches or processes uses one batch of them.
+  accumulates several batches or processes uses one batch of them. They are no part of the budget of training
+  examples, which is of examples with answers: reports list them, for teacher and student, among the other
+  passes as `reference`, and `reference data` among the method's needs.
 - The Trainer clips gradients unless `max_grad_norm` is 0; the official code does not.
 - The default reference data are rendered scenes with captions of two coloured shapes, which need no files and
   belong to no task that CLIP learns. For a CLIP trained on natural images, name natural images and captions.

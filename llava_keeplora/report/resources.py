@@ -68,6 +68,7 @@ def read_needs(folder: Path) -> Needs:
         timed[-1]["learned"] - timed[-1]["untouched"] if timed else None,
         *_read_passes(entries, own),
         _read_inputs(entries),
+        any(entry.info.get("further_examples") for entry in own),
     )
 
 
@@ -135,8 +136,8 @@ def usual_budget(counts: Mapping[str, float], own: Collection[str]) -> float:
 
     Args:
         counts: row → its number.
-        own: rows that train on each task's own data alone. Others count only where there are none of these,
-            so that a replay is the row that differs from them.
+        own: rows that train on each task's own examples alone. Others count only where there are none of
+            these, so that a replay is the row that differs from them.
     """
     numbers = [count for row, count in counts.items() if row in own] or list(counts.values())
     return Counter(numbers).most_common(1)[0][0]
@@ -156,7 +157,11 @@ def budget_factors(results: Results) -> dict[str, float]:
         if all(run.inputs is not None for run in needs)
         and (count := mean(run.examples for run in needs)) is not None
     }
-    own = [name for name in counts if not any(MIXED & set(run.inputs or ()) for run in measured[name])]
+    own = [
+        name
+        for name in counts
+        if not any(run.further or MIXED & set(run.inputs or ()) for run in measured[name])
+    ]
     usual = usual_budget(counts, own) if counts else 0
     return {name: count / usual for name, count in counts.items() if usual and other_budget(count, usual)}
 

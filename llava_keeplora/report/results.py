@@ -46,6 +46,7 @@ class Needs:
         other_passes: kind (`gradient`, `feature`, `forward`, `answer`, `reference`) → examples that went
             through the model besides, per training example of the tasks.
         inputs: what it needs beyond the task's own data; None before its last task is closed.
+        further: whether a step learns from more than its batch, from the model's own answers for instance.
     """
 
     trained: float | None
@@ -55,6 +56,7 @@ class Needs:
     training_passes: float | None = None
     other_passes: Mapping[str, float] | None = None
     inputs: tuple[str, ...] | None = None
+    further: bool = False
 
 
 @dataclass(frozen=True)

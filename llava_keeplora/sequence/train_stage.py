@@ -21,6 +21,7 @@ from llava_keeplora.adapters import (
     since_start,
 )
 from llava_keeplora.deepspeed_zero import gathered, number_count, trained_values
+from llava_keeplora.distributed import all_gather_object
 from llava_keeplora.files import write_json
 from llava_keeplora.journal import shrunk
 from llava_keeplora.methods import Mixture, TaskContext
@@ -41,6 +42,7 @@ from llava_keeplora.sequence.mixed_data import MixedData
 from llava_keeplora.sequence.passes import GRADIENT_COST, task_context
 from llava_keeplora.sequence.reporters import end_own_place, give_own_place
 from llava_keeplora.sequence.trainer import (
+    FURTHER,
     Indices,
     TaskTrainer,
     check_finite,
@@ -94,6 +96,9 @@ def train(state: MethodState, index: int) -> Outcome:
     finally:
         detach(wrapper)
     check_finite(task.name, history["steps"], deltas, extra_state)
+    further = sum(all_gather_object(state.passes.pop(FURTHER, 0)))
+    if further:
+        examples = examples | {index: examples.get(index, 0) + further}
     delta_path, log_path, extra_path = (state.path(index, name) for name in (DELTA, TRAIN, KEPT))
     if context.rank == 0:
         save_deltas(delta_path, deltas)
@@ -108,6 +113,7 @@ def train(state: MethodState, index: int) -> Outcome:
         "training_examples": len(state.inputs[index - 1]),
         "examples": {str(source): count for source, count in sorted(examples.items())},
     }
+    info |= {"further_examples": further} if further else {}
     return files, info | context.objects.callback_names()
 
 

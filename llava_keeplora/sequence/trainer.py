@@ -39,6 +39,8 @@ CURE = (
 LOSSES = ("_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
 #: Key of a batch: which examples of the task's training data it has, (batch,).
 ROWS = "example_rows"
+#: Kind of passes of examples that a step learns from besides its batch, until they are counted as trained on.
+FURTHER = "further"
 TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
@@ -320,7 +322,7 @@ class TaskTrainer(Trainer):
 
     def _forward(self, model: nn.Module, **batch: Tensor) -> Any:
         """Return what the model gives for a batch that the method's loss asks it about."""
-        self.ctx.passes["forward"] += len(batch["labels"])
+        self.ctx.passes[FURTHER if torch.is_grad_enabled() else "forward"] += len(batch["labels"])
         return model(**batch)
 
     def create_optimizer(self, model: nn.Module | None = None):

@@ -68,6 +68,17 @@ def test_what_a_run_will_see_is_counted_from_its_settings(run_config, tmp_path):
     }
 
 
+@pytest.mark.parametrize("labels", [["seq-lora", "self-distillation"], ["self-distillation", "seq-lora"]])
+def test_the_own_answers_that_self_distillation_trains_on_are_of_its_budget(labels, llava_tree, tmp_path):
+    tree = llava_tree(tmp_path / "run", methods=dict.fromkeys(labels, {}))
+    table = parse_table(tree | {"seeds": [0]})
+    with pytest.raises(ConfigError, match="'seq-lora' trains on 96 examples, but 'self-distillation' on 192"):
+        check_budgets(table, table.methods, {})
+    tree["methods"]["self-distillation"] = {"strength": 0.0}
+    table = parse_table(tree | {"seeds": [0]})
+    check_budgets(table, table.methods, {})
+
+
 def test_every_caption_of_an_image_is_an_example(llava_tree, tmp_path):
     # 24 questions, 24 images with two captions each, 24 classes.
     config = parse_config(llava_tree(tmp_path / "run", methods={"joint": {}, "keeplora": {}}))

@@ -9,6 +9,7 @@ from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.methods import METHODS, TaskContext
 from llava_keeplora.methods.task_start import TaskStart, divergence
+from llava_keeplora.steps import Budget
 
 Lwf, SelfDistillation = METHODS["lwf"], METHODS["self-distillation"]
 
@@ -110,6 +111,16 @@ def test_with_strength_zero_nothing_is_asked_of_the_model(net):
     with method.training_context(ctx, net):
         out = {"loss": torch.ones(())}
         assert method.init_adapters(ctx) == {} and method.loss(ctx, {}, out) is out["loss"]
+
+
+def test_self_distillation_takes_the_tasks_steps_with_twice_as_many_examples():
+    budgets = [
+        Budget.of({"num_train_epochs": 1.5, "per_device_train_batch_size": 8}, count, 1) for count in (21, 24)
+    ]
+    method = SelfDistillation(SelfDistillation.Options())
+    taken = [method.budget(index, budgets) for index in (1, 2)]
+    assert [(one.steps, one.seen, one.batch) for one in taken] == [(5, 74, 16), (5, 80, 16)]
+    assert SelfDistillation(SelfDistillation.Options(strength=0.0)).budget(1, budgets) == budgets[0]
 
 
 class Answers:

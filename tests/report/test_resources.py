@@ -9,7 +9,9 @@ from llava_keeplora.report.results import Trial
 from llava_keeplora_eval import Matrix
 
 
-def write_journal(folder, trained, *, passes=(), plan=(), task_id=False, closed=True, learned=None):
+def write_journal(
+    folder, trained, *, passes=(), plan=(), task_id=False, closed=True, learned=None, further=0
+):
     """Write the journal of two tasks of 10 and 30 examples.
 
     Args:
@@ -19,6 +21,7 @@ def write_journal(folder, trained, *, passes=(), plan=(), task_id=False, closed=
         task_id: whether the task is needed at test.
         closed: whether the last task is.
         learned: what there is to learn of each task, where it isn't an example each.
+        further: how many of a task's examples its loss asked for besides the steps' own batches.
     """
     sizes = [{"task": f"t{n}", "train": {"n": n}} for n in (10, 30)]
     entries = [(0, "PLANNED", {"tasks": sizes} | {key: {"images": 1} for key in plan})]
@@ -27,6 +30,7 @@ def write_journal(folder, trained, *, passes=(), plan=(), task_id=False, closed=
         (folder / f"task-0{task}-t/delta.safetensors").write_bytes(b"x" * 1000)
         info = {"steps": 5, "trained_parameters": 7} | ({} if examples is None else {"examples": examples})
         info |= {"training_examples": learned[task - 1]} if learned else {}
+        info |= {"further_examples": further} if further else {}
         entries += [(task, "PREPARED", {}), (task, "TRAINED", info), (task, "CONSOLIDATED", {})]
         times = {"test_seconds": {"untouched": 1.0, "learned": 1.5}} if task == len(trained) else {}
         if closed or task < len(trained):
@@ -104,3 +108,7 @@ def test_a_row_with_another_number_of_examples_than_most_has_its_factor(tmp_path
     replayed = write_journal(tmp_path / "replay", [{"1": 20}, {"1": 20, "2": 20}])
     replay = [Trial(Matrix(["a"], None, []), needs=replayed)]
     assert budget_factors({"replay": replay, "a": results["a"]}) == {"replay": 1.5}
+    # So is a method whose loss trains on more than the steps' own batches.
+    distilled = write_journal(tmp_path / "distilled", [{"1": 20}, {"2": 60}], further=10)
+    distilling = [Trial(Matrix(["a"], None, []), needs=distilled)]
+    assert budget_factors({"distilling": distilling, "a": results["a"]}) == {"distilling": 2.0}

@@ -96,6 +96,24 @@ def test_what_a_loss_asks_of_the_model_is_counted_once_however_often_a_training_
     assert info["passes"] == {"forward": info["examples"]["1"]} and info["examples"]["1"] % 24 == 0
 
 
+def test_what_a_step_learns_from_besides_its_batch_is_trained_on_however_often_it_is_stopped(
+    llava_config, run_to_the_end, stop_within_training, tmp_path, mixed_tasks, one_label
+):
+    stop_within_training(2)
+    config = one_task(
+        lambda *a, **k: llava_config(*a, **k, **one_label("self-distillation")),
+        mixed_tasks,
+        tmp_path,
+        "run",
+        {},
+    )
+    assert run_to_the_end(config) == 2
+    journal = Journal(tmp_path / "run/self-distillation/journal.jsonl")
+    (info,) = [e.info for e in journal.entries if e.stage == "TRAINED"]
+    # Three batches of 8, and as many answers of its own, which the teacher is asked about as well.
+    assert (info["examples"], info["further_examples"], info["passes"]) == ({"1": 48}, 24, {"forward": 24})
+
+
 @pytest.mark.slow
 def test_a_llava_with_dropout_and_rates_of_its_parts_goes_on_bit_for_bit(
     llava_config, drive, run_to_the_end, stop_within_training, tmp_path, mixed_tasks, left_behind
