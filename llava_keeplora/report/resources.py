@@ -46,14 +46,12 @@ def read_needs(folder: Path) -> Needs:
     journal = Journal(folder / JOURNAL)
     # The training of an update that became smaller took as much.
     entries = [*journal.superseded, *journal.entries]
-    # Of an adopted task nothing was trained here, and with 0 parameters another task's training is on this
-    # one's data as well.
+    # Of an adopted task nothing was trained here.
     trained = [entry for entry in entries if entry.stage == Stage.TRAINED]
     own = [entry for entry in trained if "trained_parameters" in entry.info]
+    # A task without a training of its own is learned by another one's, whose files are for both.
     tasks = [
-        (folder / entry.file(DELTA)).parent
-        for entry in journal.entries
-        if entry.stage == Stage.TRAINED and entry.info.get("trained_parameters") != 0
+        (folder / entry.file(DELTA)).parent for entry in journal.entries if entry.stage == Stage.TRAINED
     ]
     general = _example_bytes(folder / task_folder(0, "base")) / max(1, len(tasks))
     timed = [entry.info["test_seconds"] for entry in entries if "test_seconds" in entry.info]

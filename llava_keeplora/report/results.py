@@ -38,8 +38,9 @@ class Needs:
     """Resources of a method, means over the finished tasks; None where no task is finished.
 
     Args:
-        trained: number of parameters that a task trains.
-        kept_bytes: bytes of a task's files that later tasks or the final model need, kept examples included.
+        trained: number of parameters that a training trains, of one task or of several at once.
+        kept_bytes: bytes of the files that later tasks or the final model need, kept examples included, over
+            the number of tasks learned.
         test_seconds: extra time to answer an example, compared with the base model.
         examples: number of examples that all training steps saw, each as often as it was seen.
         training_passes: the same per training example of the tasks.

@@ -169,6 +169,11 @@ def test_both_bounds_train_on_as_many_examples_as_sequential_lora_and_say_what_t
         "keeplora": (),
         "protected": ("task at test",),
     }
+    # One update is for both tasks: it is as large as one of theirs, and half of it is kept for each.
+    joint, alone = needs["joint"], needs["seq-lora"]
+    updates = (finished / "joint").glob("task-0*/delta.safetensors")
+    assert joint.trained == alone.trained
+    assert joint.kept_bytes == sum(path.stat().st_size for path in updates) / 2 < 0.6 * alone.kept_bytes
     budgets = [Budget.of({"num_train_epochs": 1, "per_device_train_batch_size": 8}, 24, 1)] * 2
     joint = METHODS["joint"](METHODS["joint"].Options())
     assert [joint.budget(index, budgets).seen for index in (1, 2)] == [0, 48]
