@@ -34,15 +34,15 @@ def overlap(paths: Sequence[Path]) -> list[list[float | None]] | None:
         paths: each task's `delta.safetensors`, in order; missing files are tasks without adapters.
 
     Returns:
-        a matrix (T, T), None in cells without a common layer; None with fewer than two tasks, or where no
-        task has an adapter.
+        a matrix (T, T), None in cells without a common layer; None where fewer than two tasks have an
+        adapter, as of a bound with one update for all tasks.
     """
     files = {task: open_tensors(path) for task, path in enumerate(paths) if path.exists()}
-    if len(files) < 2:
+    keys = {task: {key for key in file.keys() if key.endswith(KEY)} for task, file in files.items()}
+    if sum(map(bool, keys.values())) < 2:
         return None
-    keys = {task: set(file.keys()) for task, file in files.items()}
     sums, counts = torch.zeros(len(paths), len(paths)), torch.zeros(len(paths), len(paths))
-    for key in sorted({key for names in keys.values() for key in names if key.endswith(KEY)}):
+    for key in sorted({key for names in keys.values() for key in names}):
         bases = _bases({task: file.get_tensor(key) for task, file in files.items() if key in keys[task]})
         tasks, ranks = torch.tensor(list(bases)), torch.tensor([basis.shape[1] for basis in bases.values()])
         # All pairs of tasks in one product; its squares are summed over each pair's block.
@@ -53,8 +53,6 @@ def overlap(paths: Sequence[Path]) -> list[list[float | None]] | None:
         blocks = torch.zeros(len(ranks), len(ranks)).index_add_(1, owner, blocks)
         sums[tasks[:, None], tasks] += blocks / torch.minimum(ranks[:, None], ranks)
         counts[tasks[:, None], tasks] += 1
-    if not counts.any():
-        return None
     return [
         [float(total / count) if count else None for total, count in zip(*rows)] for rows in zip(sums, counts)
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import forked
 from llava_keeplora import cli
@@ -191,6 +191,9 @@ def test_the_overlap_is_the_mean_squared_cosine_of_the_principal_angles(seeds):
 def test_one_adapted_task_has_no_overlap(seeds, tmp_path):
     first = seeds[0] / "keeplora/task-01-colours/delta.safetensors"
     assert overlap([first, tmp_path / "gone"]) is None
+    # Nor has a bound that learns all tasks at once, with the last one; the earlier one has an empty file.
+    save_file({}, tmp_path / "nothing")
+    assert overlap([tmp_path / "nothing", first]) is None
 
 
 def test_seeds_are_one_row_and_another_configuration_has_its_own(seeds, other_rank, several):
