@@ -20,6 +20,8 @@ FORMAT = 1
 ZERO_SHOT = "zero-shot"
 #: Name of the only row of a bound.
 BOUND = "bound"
+#: Aggregates of the last row alone, which a bound has too.
+LAST_ROW = ("last", "mfn")
 NOT_AVAILABLE = "n/a"
 MISSING = "-"
 #: Largest score in percent; sums of a few larger ones would not be finite.
@@ -37,6 +39,7 @@ class Matrix:
         tasks: T unique names, in training order.
         zero_shot: the T scores of the base model, or None if they were not measured.
         rows: up to T rows of up to T scores; row t is after training task t, column i is task i.
+        of_bound: whether the scores are known to be a bound's; those of one task do not show it.
 
     Raises:
         EvalError: there is no task or a repeated one, too many rows or cells, or a score that is not finite.
@@ -45,6 +48,7 @@ class Matrix:
     tasks: list[str]
     zero_shot: list[float | None] | None = None
     rows: list[list[float | None]] = field(default_factory=list)
+    of_bound: bool = False
 
     def __post_init__(self) -> None:
         self.tasks = list(self.tasks)
@@ -129,17 +133,21 @@ class Matrix:
     def bound(self) -> bool:
         """Whether the last row is the only one with scores, as of a bound: models that learn in no order."""
         *earlier, last = self.rows
-        scores = (value for row in earlier for value in row)
-        return bool(earlier) and any(value is not None for value in last) and all(v is None for v in scores)
+        alone = all(value is None for row in earlier for value in row)
+        return (bool(earlier) or self.of_bound) and any(value is not None for value in last) and alone
 
     def metrics(self) -> dict[str, float | None]:
         """Return every aggregate, unrounded, in percent; see ``aggregates`` for formulas and sources.
 
         A value is None if it is undefined (Transfer of one task) or needs a cell without a score; the error
-        of the function in ``aggregates`` names the cell. ``zero_shot_transfer`` and ``zero_shot_average`` are
+        of the function in ``aggregates`` names the cell. A bound has those of the last row alone, also where
+        it is the only one. ``zero_shot_transfer`` and ``zero_shot_average`` are
         those of a model that never changes; no other value depends on the zero-shot row.
         """
-        values = {name: _or_none(function, self.rows) for name, function in aggregates.AGGREGATES.items()}
+        values = {
+            name: _or_none(function, self.rows) if self._defined(name) else None
+            for name, function in aggregates.AGGREGATES.items()
+        }
         constant = None if self.zero_shot is None else [self.zero_shot] * len(self.tasks)
         for name in ("transfer", "average"):
             function = aggregates.AGGREGATES[name]
@@ -154,9 +162,16 @@ class Matrix:
             "last": aggregates.last_of,
         }
         return {
-            name: [_or_none(function, self.rows, i) for i in range(len(self.tasks))]
+            name: [
+                _or_none(function, self.rows, i) if self._defined(name) else None
+                for i in range(len(self.tasks))
+            ]
             for name, function in functions.items()
         }
+
+    def _defined(self, name: str) -> bool:
+        """Return whether an aggregate is one of these scores: of a bound, only of its last row."""
+        return not self.bound or name in LAST_ROW
 
     def constant_zero_shot(self) -> Matrix | None:
         """Return the matrix of a model that never changes: the zero-shot row T times, or None without it."""
@@ -233,6 +248,7 @@ class Matrix:
             "zero_shot": self.zero_shot,
             "rows": self.rows,
             "metrics": self.metrics(),
+            **({"bound": True} if self.of_bound else {}),
         }
 
     def to_json(self, path: str | Path) -> None:
@@ -288,7 +304,7 @@ class Matrix:
                 f"{path} has matrix format {record['format']!r}, and this version reads format {FORMAT}",
                 "use the version of the package that wrote it",
             )
-        return cls(record["tasks"], record["zero_shot"], record["rows"])
+        return cls(record["tasks"], record["zero_shot"], record["rows"], record.get("bound") is True)
 
 
 def marked(name: str, marks: Mapping[str, str]) -> str:

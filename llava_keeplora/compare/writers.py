@@ -139,14 +139,14 @@ def _settings_section(table: Table, outcome: TableResult) -> Section:
             ["method", "settings"],
             [[label, _format_settings(settings)] for label, settings in table.methods.items()],
         )
-    tuning, budget = (
-        table.tuning,
-        max((len(settings) for settings in table.tuning.settings.values()), default=0),
-    )
+    tuning = table.tuning
+    budget = max((len(settings) for settings in tuning.settings.values()), default=0)
+    untuned = ", ".join(label for label in table.methods if not tuning.settings[label])
     text = (
-        f"Settings tried for each method: {budget}, on order {_describe_order(table.tuning_order)} with seed "
-        f"{tuning.seed}, scored on {100 * tuning.holdout:g} % of the "
-        "training data, which the method did not train on, never on test. Chosen: the largest "
+        f"Settings tried for each method{untuned and f' but {untuned}'}: {budget}, on order "
+        f"{_describe_order(table.tuning_order)} with seed {tuning.seed}, scored on "
+        f"{100 * tuning.holdout:g} % of the training data, which the method did not train on, never on test. "
+        "Chosen: the largest "
         f"{' + '.join(tuning.metrics)}{_chosen_bounds(outcome)}."
     )
     rows = [

@@ -89,13 +89,13 @@ class LearnedRun:
         """Accuracy matrix up to the last of these tasks."""
         matrix = Matrix.from_json(self.run / self.label / MATRIX)
         if len(self.places) == len(matrix.tasks):
-            return Matrix(matrix.tasks, matrix.zero_shot, matrix.rows[: len(self.deltas)])
+            return Matrix(matrix.tasks, matrix.zero_shot, matrix.rows[: len(self.deltas)], matrix.of_bound)
         zero_shot, *rows = (
             row and [row[place] for place in self.places]
             for row in (matrix.zero_shot, *(matrix.rows[place] for place in self.places))
         )
         names = [matrix.tasks[place] for place in self.places]
-        return Matrix(names, zero_shot, [row for row in rows if row][: len(self.deltas)])
+        return Matrix(names, zero_shot, [row for row in rows if row][: len(self.deltas)], matrix.of_bound)
 
     def states(self) -> list[dict[str, Tensor]]:
         """Return what the method keeps of the base and of each task, in order.

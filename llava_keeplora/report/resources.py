@@ -50,9 +50,7 @@ def read_needs(folder: Path) -> Needs:
     trained = [entry for entry in entries if entry.stage == Stage.TRAINED]
     own = [entry for entry in trained if "trained_parameters" in entry.info]
     # A task without a training of its own is learned by another one's, whose files are for both.
-    tasks = [
-        (folder / entry.file(DELTA)).parent for entry in journal.entries if entry.stage == Stage.TRAINED
-    ]
+    tasks = [(folder / entry.file(DELTA)).parent for entry in journal.entries if entry.stage == Stage.TRAINED]
     general = _example_bytes(folder / task_folder(0, "base")) / max(1, len(tasks))
     timed = [entry.info["test_seconds"] for entry in entries if "test_seconds" in entry.info]
     return Needs(

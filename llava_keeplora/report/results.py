@@ -137,7 +137,8 @@ def mean_matrix(matrices: Sequence[Matrix]) -> Matrix:
         return matrices[0]
     has_zero_shot = all(matrix.zero_shot is not None for matrix in matrices)
     zero_shot = mean_cells([[matrix.zero_shot] for matrix in matrices])[0] if has_zero_shot else None
-    return Matrix(matrices[0].tasks, zero_shot, mean_cells([matrix.rows for matrix in matrices]))
+    rows = mean_cells([matrix.rows for matrix in matrices])
+    return Matrix(matrices[0].tasks, zero_shot, rows, all(matrix.of_bound for matrix in matrices))
 
 
 def row_marks(trials: Sequence[Trial]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import translate_errors, whole_folder, write_bytes, write_json
 from llava_keeplora.journal import OUTCOMES, Entry, Journal, open_stages, rolled_back
+from llava_keeplora.registries import METHODS
 from llava_keeplora.run_folder import (
     BASE,
     JOURNAL,
@@ -66,7 +67,8 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
     with translate_errors(into), whole_folder(into) as tmp_dir:
         new = Workspace(config, tmp_dir)
         for label, entries in journals.items():
-            _copy(old.label(label), new.label(label), entries, names)
+            bound = label in source.methods and METHODS[source.methods[label].method].bound
+            _copy(old.label(label), new.label(label), entries, names, bound)
         for path in (old.root / VERSIONS, *(kept_recipe(old.root, name) for name in names)):
             if path.exists():
                 write_bytes(tmp_dir / path.relative_to(old.root), path.read_bytes())
@@ -110,12 +112,12 @@ def _finished(folder: Path, at_task: int, tasks: int, learns: bool, guarded: boo
     return [entry for (task, _), entry in last.items() if task <= at_task]
 
 
-def _copy(source: Path, target: Path, entries: Sequence[Entry], names: Sequence[str]) -> None:
+def _copy(source: Path, target: Path, entries: Sequence[Entry], names: Sequence[str], bound: bool) -> None:
     """Copy the files of some stages, leaving out what they hold of other tasks.
 
     The journal, which makes the copies count, is written last.
     """
-    matrix, copied = Matrix(list(names), [None] * len(names), []), []
+    matrix, copied = Matrix(list(names), [None] * len(names), [], bound), []
     for entry in entries:
         files = {name: expected for name, expected in entry.files.items() if _kept(name, names)}
         for name, expected in files.items():

@@ -56,7 +56,8 @@ class MethodState:
         # The zero-shot score depends on the prompts alone, so the first method with these prompts takes it.
         self.first_alike = context.config.first_alike(config.label)
         self.layers, self.full, self.unreachable = self._find_layers()
-        self.matrix = Matrix([task.name for task in context.tasks], [None] * len(context.tasks), [])
+        names = [task.name for task in context.tasks]
+        self.matrix = Matrix(names, [None] * len(names), [], cls.bound)
         self.method.reference = context.references.get(config.label)
         #: Kind → examples that went through the model in the present stage; see `TaskContext.passes`.
         self.passes: Counter[str] = Counter()

@@ -250,8 +250,9 @@ def test_a_setting_whose_run_a_guard_stopped_is_chosen_only_if_no_setting_came_f
 
 def test_a_table_that_only_tries_settings_says_what_they_gave(make_table, tmp_path, started, tiny_tasks):
     tasks = {"small": {"tasks": [str(path) for path in tiny_tasks[:2]], "seeds": []}}
-    tuning = {"metric": "last", "settings": {"seq-lora": [{}, {"training": {"learning_rate": 0.02}}]}}
-    table = make_table(tmp_path / "table", orders=tasks, methods={"seq-lora": {}}, tuning=tuning)
+    settings = {"seq-lora": [{}, {"training": {"learning_rate": 0.02}}], "individual": [], "joint": []}
+    tuning, methods = {"metric": "last", "settings": settings}, dict.fromkeys(settings, {})
+    table = make_table(tmp_path / "table", orders=tasks, methods=methods, tuning=tuning)
     outcome = compare(table)
     text = write_table(table, outcome)
     assert (
@@ -259,6 +260,7 @@ def test_a_table_that_only_tries_settings_says_what_they_gave(make_table, tmp_pa
         and text.count("## ") == 2
         and text.count("| yes |") == 1
         and "| seq-lora: training.learning_rate=0.02 |" in text
+        and "Settings tried for each method but individual, joint: 2, on order small" in text
     )
 
 

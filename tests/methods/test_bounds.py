@@ -17,8 +17,10 @@ from llava_keeplora.methods.mixture import mix_tasks
 from llava_keeplora.models import Prepared, load_model
 from llava_keeplora.report.resources import read_needs
 from llava_keeplora.report.run_report import write_run_report
+from llava_keeplora.report.tables import summary_rows
 from llava_keeplora.saved_run import load_run, run_identity
 from llava_keeplora.sequence.data import stage_seed
+from llava_keeplora.sequence.fork import fork
 from llava_keeplora.start import load_tasks
 from llava_keeplora.steps import Budget
 from llava_keeplora.testing import check_method
@@ -156,6 +158,21 @@ def test_individual_has_one_row_whose_mean_is_last_and_no_other_aggregate(finish
     assert metrics["last"] == sum(row.rows[1]) / 2
     assert all(metrics[name] is None for name in ("transfer", "average", "forgetting", "bwt"))
     assert not matrix(finished, "seq-lora").bound
+
+
+def test_of_one_task_a_bound_has_its_last_score_alone_as_of_several(finished, tmp_path):
+    fork(finished, 1, tmp_path / "fork")
+    alone, method = matrix(tmp_path / "fork", "individual"), matrix(tmp_path / "fork", "seq-lora")
+    score = matrix(finished, "individual").rows[1][0]
+    assert alone.bound and {k: v for k, v in alone.metrics().items() if v is not None} == {
+        **{"last": score, "mfn": score},
+        **{"zero_shot_average": alone.zero_shot[0]},
+    }
+    assert alone.per_task() == {"transfer": [None], "average": [None], "last": [score]}
+    assert not method.bound and method.metrics()["average"] == method.rows[0][0]
+    row = summary_rows({"individual": [alone], "seq-lora": [method]}, 1)[1]
+    assert row == ["individual", "n/a", "n/a", f"{score:.1f}", "n/a", "n/a"]
+    assert not matrix(tmp_path / "fork", "joint").started
 
 
 def test_both_bounds_train_on_as_many_examples_as_sequential_lora_and_say_what_they_need(finished):
