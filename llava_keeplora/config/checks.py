@@ -150,18 +150,23 @@ def check_own_optimizer(config: RunConfig) -> None:
         ConfigError: naming the method and the setting.
     """
     for label, method in config.methods.items():
-        if not _made(method).own_optimizer:
+        instance = _made(method)
+        if not instance.own_optimizer:
             continue
+        option, value = instance.default_optimizer or ("", "")
+        setting = f"set methods.{label}.{option} to {value}" if option else ""
         if method.training.get("deepspeed"):
             raise ConfigError(
                 f"'{label}' ({method.method}) has an optimiser of its own, which needs whole matrices, but "
                 "training.deepspeed is set",
-                f"train without DeepSpeed, or leave '{label}' out of this run",
+                f"train without DeepSpeed, {setting and f'{setting}, which takes ZeRO-1 and 2, '}"
+                f"or leave '{label}' out of this run",
             )
         optim = str(method.training.get("optim", "adamw_torch"))
         if not optim.startswith("adamw_torch"):
             raise ConfigError(
                 f"'{label}' ({method.method}) has an optimiser of its own, which is AdamW with other steps, "
                 f"but training.optim is {optim}",
-                f"remove it, or set methods.{label}.training.optim to adamw_torch",
+                f"remove it, {setting and f'{setting}, '}"
+                f"or set methods.{label}.training.optim to adamw_torch",
             )

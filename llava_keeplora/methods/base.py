@@ -127,6 +127,8 @@ class Method:
     #: Whether `create_optimizer` returns an optimiser of the method's own, which is AdamW but for its steps;
     #: DeepSpeed, which splits parameters, and other optimisers are then refused.
     own_optimizer = False
+    #: The option, and its value, with which such a method has the Trainer's optimiser and takes ZeRO-1 and 2.
+    default_optimizer: tuple[str, str] | None = None
     #: Whether it runs in one process only.
     one_process = False
     #: Whether the gradient pass weighs all examples equally, instead of as the loss does.

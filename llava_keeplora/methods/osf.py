@@ -58,6 +58,7 @@ class Osf(Method):
         trained="the weak singular directions of every weight, with their values",
     )
     own_optimizer = True
+    default_optimizer = ("project_steps", "false")
     supports_zero3 = False
     dense_updates = True
 

@@ -160,7 +160,9 @@ def test_only_the_projection_of_steps_is_an_optimiser_of_its_own(run_tree, tmp_p
         return run_tree(tmp_path / "run", methods=methods, training=training)
 
     for training in ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {"optim": "sgd"}):
-        with pytest.raises(ConfigError, match="'osf' .*an optimiser of its own"):
+        with pytest.raises(
+            ConfigError, match="'osf' .*an optimiser of its own.*; .*set methods.osf.project_steps to false"
+        ):
             parse_config(tree(True, **training))
         parse_config(tree(False, **training))
     with pytest.raises(ConfigError, match="reads trained parameters outside of their layers.*; use stage 2"):
