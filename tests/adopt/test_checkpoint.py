@@ -42,6 +42,7 @@ def add_noise(parameters):
             p += 0.05 * torch.randn(p.shape, generator=generator)
 
 
+@pytest.mark.slow
 def test_a_merged_adapter_is_the_adapter(run, peft_adapter, driven, tiny_clip, tiny_tasks, tmp_path):
     from peft import PeftModel
     from transformers import CLIPModel

@@ -112,6 +112,7 @@ def test_a_finished_table_starts_nothing_and_a_new_seed_starts_its_runs_alone(
     )
 
 
+@pytest.mark.slow
 def test_a_finished_run_whose_numbers_were_changed_makes_them_again_and_one_that_was_damaged_is_named(
     tuned, make_table, orders, tuning, started, tmp_path
 ):
@@ -189,6 +190,7 @@ def test_the_table_says_mean_and_deviation_needs_and_what_was_tried(tuned, start
     assert page.count("<table>") == 4 and 'href="II/report.html"' in page
 
 
+@pytest.mark.slow
 def test_of_some_methods_only_theirs_are_run_and_the_table_keeps_what_the_others_have(
     tuned, make_table, orders, tuning, started, tmp_path
 ):

@@ -140,6 +140,7 @@ def test_a_large_checkpoint_is_written_in_shards_and_the_tasks_before_the_last_a
     assert "taught 1 task one after another: questions." in card and "library_name: transformers" in card
 
 
+@pytest.mark.slow
 def test_an_earlier_export_is_replaced_and_nothing_else_is(finished, tmp_path):
     folder = tmp_path / "merged"
     merge(finished("plain"), folder, at_task=1)

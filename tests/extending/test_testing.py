@@ -109,6 +109,7 @@ def test_a_method_that_keeps_the_contract_passes(small):
     check_method(Counting, run=small)
 
 
+@pytest.mark.slow
 def test_the_example_of_a_method_passes():
     check_method(f"{EXAMPLES / 'quiet_lora.py'}:QuietLora", {"strength": 10.0})
 

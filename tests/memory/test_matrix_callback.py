@@ -78,6 +78,7 @@ def test_every_row_is_what_the_model_scores_at_that_moment_and_the_report_is_wri
     assert "sort" in page and "keeplora" in page and (tmp_path / "matrix" / "table.md").exists()
 
 
+@pytest.mark.slow
 def test_labels_of_one_folder_are_reported_together_and_modes_come_back(tmp_path):
     for label in ("plain", "keeplora"):
         model = make_text_model()

@@ -88,6 +88,7 @@ def test_a_trained_router_names_more_held_out_examples_right_than_the_untouched_
     assert right[2] == right[0], "the untouched base was asked in between, and nothing of the router stays"
 
 
+@pytest.mark.slow
 def test_each_example_is_answered_by_the_task_that_the_router_names(finished, chosen):
     learned = load_learned_run(finished, "trained")
     for task, recipe in enumerate(learned.recipes):
@@ -101,6 +102,7 @@ def test_each_example_is_answered_by_the_task_that_the_router_names(finished, ch
             assert [found[data.ids[row]] for row in rows] == [answers[row] for row in rows]
 
 
+@pytest.mark.slow
 def test_the_examples_passes_and_numbers_of_the_router_are_counted(finished, config):
     first, second = states(finished)[1:]
     assert list(first) == ["router.examples"] and len(first["router.examples"]) == 8
@@ -124,6 +126,7 @@ def test_the_examples_passes_and_numbers_of_the_router_are_counted(finished, con
     assert again.info["examples"] == {"1": 120, "2": 120}
 
 
+@pytest.mark.slow
 def test_the_state_is_what_the_method_declares(finished, config):
     inspect_state(finished, config, run_identity(config)["tasks"])
 

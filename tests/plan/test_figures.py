@@ -34,6 +34,7 @@ def test_less_memory_for_statistics_lowers_the_features_alone(wide_tree, peaks):
     assert much.pop("features") > little.pop("features") and much == little
 
 
+@pytest.mark.slow
 def test_an_int8_base_takes_less_than_a_plain_one_and_nf4_less_still(wide_tree, peaks):
     plain = peaks(wide_tree())
     eight, four = (peaks(wide_tree(model={"quantization": kind})) for kind in ("int8", "nf4"))
@@ -66,6 +67,7 @@ def test_recomputed_activations_lower_training_and_the_gradient_pass(wide_tree, 
     assert checkpointed["features"] == plain["features"]
 
 
+@pytest.mark.slow
 def test_half_the_batch_lowers_training_and_the_gradient_pass(wide_tree, peaks):
     whole, half = peaks(wide_tree()), peaks(wide_tree(training={"per_device_train_batch_size": 4}))
     assert (

@@ -76,6 +76,7 @@ def test_training_that_is_too_large_fits_with_the_largest_smaller_batch(on_train
     ).fits
 
 
+@pytest.mark.slow
 def test_where_no_batch_is_small_enough_activations_are_recomputed(on_train, peaks):
     tree, _ = on_train
     tree = {
@@ -87,6 +88,7 @@ def test_where_no_batch_is_small_enough_activations_are_recomputed(on_train, pea
     assert changes_text(at(tree, max(less.values()) + 1000).changes) == "training.gradient_checkpointing=true"
 
 
+@pytest.mark.slow
 def test_answers_that_are_too_many_at_once_are_asked_for_in_smaller_batches(on_train, peaks):
     tree, _ = on_train
     tree = {

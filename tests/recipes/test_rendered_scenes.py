@@ -1,5 +1,6 @@
 """Rendered scenes: images and questions are pure functions, and nothing can be answered without looking."""
 
+import functools
 import hashlib
 import os
 import subprocess
@@ -20,6 +21,7 @@ ENDS = (slice(0, 6), slice(-6, None))
 QUESTIONS = [name for name, spec in SCENES.items() if spec.kind == "vqa"]
 
 
+@functools.cache
 def scenes(task: str, split: str) -> list:
     return [compose(task, split, i) for i in range(SCENES[task].sizes[split])]
 

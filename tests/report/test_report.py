@@ -185,6 +185,7 @@ def test_the_summary_starts_with_the_model_that_never_changes(tmp_path, matrix):
     assert matrix.markdown() in table
 
 
+@pytest.mark.slow
 def test_runs_with_other_zero_shot_scores_get_a_row_each(tmp_path, matrix):
     other = Matrix(["a", "b"], [20.0, 10.0], matrix.rows)
     table = write_report(tmp_path, "t", {"x": [Trial(matrix)], "y": [Trial(other)], "z": [Trial(matrix)]})[
@@ -222,6 +223,7 @@ def test_a_run_in_progress_and_a_single_task_are_reported_up_to_their_last_stage
     )
 
 
+@pytest.mark.slow
 def test_labels_that_differ_in_signs_or_case_get_files_of_their_own(tmp_path):
     small = [Trial(Matrix(["a"], None, [[1.0]]))]
     paths = write_report(tmp_path, "t", {"a/b": small, "a b": small, "A.b": small, "a.B": small})

@@ -84,6 +84,7 @@ def trial(run: Path, label: str = "keeplora"):
     return read_trial(run / label, read_results(run)[label], seed=0, run=run.name)
 
 
+@pytest.mark.slow
 def test_one_run_gets_every_image_as_png_and_svg_and_every_table(one):
     names = {path.name for path in one.iterdir()}
     pictures = {

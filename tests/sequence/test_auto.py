@@ -103,6 +103,7 @@ def test_a_run_that_goes_on_keeps_what_was_chosen(
     assert outcome(driven(auto_config(copy))) == outcome(auto_run)
 
 
+@pytest.mark.slow
 def test_the_updates_of_such_a_run_are_measured_at_the_chosen_energy(auto_run, tmp_path):
     assert cli.main(["analyze", str(auto_run), "--into", str(tmp_path)]) == 0
     updates = json.loads((tmp_path / "updates.json").read_text())["methods"]["keeplora"]["updates"]

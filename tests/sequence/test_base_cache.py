@@ -126,6 +126,7 @@ def test_the_journal_says_how_long_answers_took_the_run_that_made_them(filled, o
     assert len(made) == 2 and entry["info"]["taken_seconds"] == pytest.approx(sum(made), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_takes_over_the_rest(
     filled, other, alone, stopped, run_to_the_end, outcome, monkeypatch, tmp_path
 ):
@@ -204,6 +205,7 @@ def prepared(monkeypatch):
     return counts
 
 
+@pytest.mark.slow
 def test_images_that_another_run_prepared_are_not_prepared_again_unless_damaged(
     filled, other, drive, prepared, caplog, tmp_path
 ):

@@ -156,6 +156,7 @@ def test_a_training_on_random_crops_goes_on_bit_for_bit_and_is_another_than_with
     assert deltas[0] != deltas[1]
 
 
+@pytest.mark.slow
 def test_training_stopped_after_its_last_step_ends_with_the_same_files(
     run_config, drive, run_to_the_end, stopped, monkeypatch, tmp_path, tiny_tasks, left_behind, one_label
 ):

@@ -354,6 +354,7 @@ def test_a_later_method_refuses_shards_with_a_cure_that_helps(run_tree, tmp_path
         parse_config(run_tree(tmp_path / "run", methods={method: {}}, training=training))
 
 
+@pytest.mark.slow
 def test_a_plan_leaves_out_and_names_what_it_cannot_rehearse_and_refuses_where_nothing_is_left(
     run_tree, tmp_path
 ):

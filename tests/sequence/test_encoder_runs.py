@@ -242,6 +242,7 @@ def test_it_trains_with_less_memory(config, driven, base, run, tiny_tasks, tmp_p
             torch.testing.assert_close(delta.dense(), plain[name].dense(), atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_type_without_a_record_is_taught_exported_and_opened_again_by_its_parts(
     run_config, driven, tiny_tasks, tmp_path, monkeypatch
 ):

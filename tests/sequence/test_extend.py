@@ -118,6 +118,7 @@ def test_a_run_that_was_extended_is_extended_again(
     assert outcome(run) == outcome(three_tasks_run)
 
 
+@pytest.mark.slow
 def test_a_run_extended_before_its_end_ends_with_the_same_files(
     run_config, drive, stopped, monkeypatch, three_tasks_run, outcome, tiny_tasks, tmp_path
 ):

@@ -175,6 +175,7 @@ def test_the_configuration_of_a_llava_run_survives_a_round_trip(llava_tree, tmp_
     assert config.parts["vision"].targets is None
 
 
+@pytest.mark.slow
 def test_small_batches_accumulated_train_as_one_large_batch(llava_config, drive, tmp_path, mixed_tasks):
     """Answers have different lengths, so a mean of the small batches' means would be another loss."""
     results = []

@@ -190,6 +190,7 @@ def test_arguments_that_training_fails_with_or_would_pass_over_are_refused_as_th
     assert parse_config(run_tree("unset", training={key: default})).training.get(key) == default
 
 
+@pytest.mark.slow
 def test_an_argument_that_the_optimiser_reads_is_let_in(run_tree, tiny_tasks, ends_where_it_begins):
     for optim, given in (("sgd", "momentum=0.9,nesterov=true"), ("rmsprop", "alpha=0.9")):
         tree = run_tree(
