@@ -18,6 +18,7 @@ GUARD = json.loads((ROOT / "docs/results/table-guard.json").read_text())
 TRIED = json.loads((ROOT / "docs/results/table-learned-tried.json").read_text())
 LLAVA_HALF = json.loads((ROOT / "docs/results/table-learned-llava-400.json").read_text())
 LLAVA_RUNS = json.loads((ROOT / "docs/results/table-learned-llava.json").read_text())
+ABLATIONS = json.loads((ROOT / "docs/results/table-learned-ablations.json").read_text())
 VARIANTS = json.loads((ROOT / "docs/results/table-learned-variants.json").read_text())
 SEARCHED = json.loads((ROOT / "docs/results/table-learned-llava-search.json").read_text())
 README = (ROOT / "README.md").read_text()
@@ -35,6 +36,7 @@ UNDRAWN = {
     "eblora, distillation 3",
     "eblora, distillation 10",
     "balanced, random A",
+    "balanced, interpolation 0.5",
 }
 NAMES = {"Transfer": "transfer", "Average": "average", "Last": "last", "Forgetting": "forgetting"}
 
@@ -69,6 +71,21 @@ def test_the_tables_of_the_learned_regime_are_those_of_the_result_file(text):
             numbers = (FAST["I"] if rate == "2e-3" else files[header[0]])[label]
             expected = [shown(numbers, NAMES[column]) for column in header[1:-1]]
             assert cells == [*expected, str(numbers["n"])], label
+
+
+def test_the_ablations_are_those_of_the_result_file_and_its_means_those_of_its_runs():
+    (rows,) = [rows for header, rows in tables(LEARNED) if header[0].startswith("ablation")]
+    assert [row[0] for row in rows] == ["keeplora", "keeplora in fp32", *ABLATIONS]
+    for label, *cells, n in rows:
+        numbers = ABLATIONS.get(label) or FAST["I"][label]
+        assert (cells, n) == ([shown(numbers, name) for name in NAMES.values()], str(numbers["n"])), label
+    for numbers in ABLATIONS.values():
+        assert len({run["seed"] for run in numbers["runs"]}) == numbers["n"]
+        for name in NAMES.values():
+            values = [run[name] for run in numbers["runs"]]
+            assert numbers[f"{name}_mean"] == pytest.approx(statistics.mean(values))
+            if len(values) > 1:
+                assert numbers[f"{name}_sd"] == pytest.approx(statistics.stdev(values))
 
 
 def test_the_curves_are_those_of_the_settings_tried():
