@@ -90,7 +90,7 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
         23 * 4,
         22 + 5,
         22 * 6,
-        22,
+        22 + 1,
         12 * 3,
         23 * 3,
         2 * 3,
