@@ -42,9 +42,9 @@ types: $(READY)
 	ln -sfn ../../data_recipes build/typed/llava_keeplora_recipes
 	$(BIN)/python -m mypy
 
-# A process more than there are cores, as tests that wait for others leave theirs idle, but at most four; in the files'
-# order, so that the long ones (docs, cli) don't come last.
-WORKERS ?= $(shell $(BIN)/python -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
+# As many processes as there are cores, at most four: one more took half as long again, as each imports everything and they
+# share the cores' caches; in the files' order, so that the long ones (docs, cli) don't come last.
+WORKERS ?= $(shell $(BIN)/python -c "import os; print(min(4, os.cpu_count() or 1))")
 
 test: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
