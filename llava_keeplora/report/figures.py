@@ -28,24 +28,11 @@ LEGEND_MARK, LEGEND_LETTER = 0.6, 0.085
 STYLES = ("-", "--", ":", (0, (8, 2)), (0, (4, 1, 1, 1, 1, 1)))
 #: Line style of bounds.
 BOUND_LINE = "-."
-#: Size of the names of points, and where such a name may stand: its distance in points, and the side of it
-#: that is there.
+#: Size of the names of points, and where such a name may stand: points to the right of its point and above.
 NAME_SIZE = 7
 NAME_PLACES = (
-    (5, 0, "left", "center"),
-    (-5, 0, "right", "center"),
-    (0, 5, "center", "bottom"),
-    (0, -5, "center", "top"),
-    (4, 4, "left", "bottom"),
-    (4, -4, "left", "top"),
-    (-4, 4, "right", "bottom"),
-    (-4, -4, "right", "top"),
-    (0, 12, "center", "bottom"),
-    (0, -12, "center", "top"),
-    (9, 7, "left", "bottom"),
-    (9, -7, "left", "top"),
-    (-9, 7, "right", "bottom"),
-    (-9, -7, "right", "top"),
+    *((5, 0), (-5, 0), (0, 5), (0, -5), (4, 4), (4, -4), (-4, 4), (-4, -4)),
+    *((0, 12), (0, -12), (9, 7), (9, -7), (-9, 7), (-9, -7)),
 )
 #: The line styles' counterpart for bars.
 HATCHES = ("", "////", "....", "xxxx", "----")
@@ -192,7 +179,10 @@ def label_points(
 
 def _set_free_place(note: Annotation, scale: float, avoided: Sequence[Bbox], panel: Bbox) -> bool:
     """Move a name to its first place in a panel that overlaps none of some boxes; False if there is none."""
-    for dx, dy, ha, va in NAME_PLACES:
+    for dx, dy in NAME_PLACES:
+        # The side that is nearest to the point stands at that distance.
+        ha = "left" if dx > 0 else "right" if dx < 0 else "center"
+        va = "bottom" if dy > 0 else "top" if dy < 0 else "center"
         note.set(position=(dx * scale, dy * scale), ha=ha, va=va)
         box = note.get_window_extent()
         inside = panel.x0 <= box.x0 and box.x1 <= panel.x1 and panel.y0 <= box.y0 and box.y1 <= panel.y1
