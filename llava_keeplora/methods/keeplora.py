@@ -66,7 +66,7 @@ from llava_keeplora.methods.keeplora_log import (
     log_gradient_estimates,
     warn_unreached_energy,
 )
-from llava_keeplora.methods.keeplora_options import check_options, distillation_of, rejection_of
+from llava_keeplora.methods.keeplora_options import check_options, value_of
 from llava_keeplora.methods.kept_features import KeptFeatures
 from llava_keeplora.methods.layers import in_layer, unsure_layers
 from llava_keeplora.methods.presets import RULES, least_statistics
@@ -157,16 +157,16 @@ class KeepLora(KeptFeatures):
             self.rules.counts_examples,
             self.rules.every_position,
         )
-        self.form = options.form or self.rules.form
-        self.interpolation = options.interpolation or self.rules.interpolation
-        self.keep_features(distillation_of(options))
-        self.reject(rejection_of(options))
+        self.form = value_of(options, "form")
+        self.interpolation = value_of(options, "interpolation")
+        self.keep_features(value_of(options, "distillation"))
+        self.reject(value_of(options, "rejection"))
         self.one_process = self.rules.one_process and options.protect_features
         self.gradient_fraction, self.feature_fraction = (
             1.0 if share == AUTO and self.rules.released else share
             for share in (options.gradient_fraction, options.feature_fraction)
         )
-        self.sketched = (options.gradient or self.rules.gradient) == "sketch"
+        self.sketched = value_of(options, "gradient") == "sketch"
 
     def check(self, layers: Mapping[str, Layer]) -> None:
         """Check that the preset has a rule for every layer, and that every layer has room for its rank.

@@ -20,14 +20,10 @@ CHOICES = {
 }
 
 
-def distillation_of(options: Any) -> float:
-    """Return the weight of keeping image features: the setting, or the preset's where there is none."""
-    return RULES[options.preset].distillation if options.distillation is None else options.distillation
-
-
-def rejection_of(options: Any) -> float:
-    """Return the share of a task's examples that may be left to the base: the setting, or the preset's."""
-    return RULES[options.preset].rejection if options.rejection is None else options.rejection
+def value_of(options: Any, name: str) -> Any:
+    """Return a setting that presets have too: the option, or the preset's where it is None."""
+    given = getattr(options, name)
+    return getattr(RULES[options.preset], name) if given is None else given
 
 
 def check_options(options: Any) -> None:
@@ -66,7 +62,7 @@ def check_options(options: Any) -> None:
         )
     check_effect(options, ("plasticity",), "feature_rule", "splitlora")
     _check_updates(options)
-    check_rejection(rejection_of(options))
+    check_rejection(value_of(options, "rejection"))
     if options.gradient == "sketch" and RULES[options.preset].gradient == "dense":
         raise MethodError(
             f"gradient is 'sketch', but the preset '{options.preset}' sums gradients in full, as the "
@@ -77,7 +73,7 @@ def check_options(options: Any) -> None:
 
 def _check_updates(options: Any) -> None:
     """Check the settings that change a task's update or its loss."""
-    literal = (options.form or RULES[options.preset].form) == "literal"
+    literal = value_of(options, "form") == "literal"
     if options.interpolation is not None and not 0.0 < options.interpolation <= 1.0:
         raise MethodError(
             f"interpolation must be in (0, 1] (got {options.interpolation})",
@@ -99,7 +95,7 @@ def _check_updates(options: Any) -> None:
             f"distillation must be 0 or a positive number (got {options.distillation})",
             "set it to 0 for none",
         )
-    if distillation_of(options) and literal:
+    if value_of(options, "distillation") and literal:
         raise MethodError(
             "distillation takes the model at the task's start as teacher, from which the literal form "
             "does not start",
