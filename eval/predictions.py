@@ -31,6 +31,11 @@ KEYS = {"id", "text"} | SOURCE
 #: Key of a line with a hash of everything else that the answer depends on, such as the model; a file next to
 #: the answers has it in full, see `maker_path`.
 MADE_BY = "made_by"
+#: Key of a line whose answer was routed: the name of the task of which what was learned answered, null for
+#: the untouched model. See `Predictor`.
+ROUTED_TO = "routed_to"
+#: Keys that not every line has.
+OPTIONAL = {MADE_BY, ROUTED_TO}
 
 
 def read_predictions(path: str | Path, data: TaskData) -> dict[str, str]:
@@ -50,7 +55,28 @@ def read_predictions(path: str | Path, data: TaskData) -> dict[str, str]:
         EvalError: a line is no prediction, or is one for another recipe, version or data; an id is repeated
             or not in the data; or lines were made by different models.
     """
-    path = Path(path)
+    return {key: record["text"] for key, record in _read_records(Path(path), data).items()}
+
+
+def count_routes(path: str | Path, data: TaskData) -> dict[str, Any] | None:
+    """Count what answered the examples of a task and split, where the answers were routed.
+
+    Args, Raises:
+        see `read_predictions`.
+
+    Returns:
+        `tasks`, name → examples answered with what was learned of that task, and `base`, those of the
+        untouched model; None if no answer was routed.
+    """
+    records = _read_records(Path(path), data).values()
+    routes = Counter(record[ROUTED_TO] for record in records if ROUTED_TO in record)
+    return (
+        {"tasks": {name: routes[name] for name in routes if name}, "base": routes[None]} if routes else None
+    )
+
+
+def _read_records(path: Path, data: TaskData) -> dict[str, dict[str, Any]]:
+    """Return id → line, in the order of the file; see `read_predictions`."""
     if not path.exists():
         return {}
     lines, torn = _complete_lines(path)
@@ -67,7 +93,7 @@ def read_predictions(path: str | Path, data: TaskData) -> dict[str, str]:
             f"line {other} of {path} was made by another model or with other settings than line 1",
             "score answers of one model in one file",
         )
-    return {record["id"]: record["text"] for record in records}
+    return {record["id"]: record for record in records}
 
 
 def predict_to_file(
@@ -171,9 +197,10 @@ def _append(
             continue
         examples = [data[index] for index in rows]
         texts = _checked(predictor.predict(examples), examples)
+        routes = [{ROUTED_TO: name} for name in getattr(predictor, ROUTED_TO, ())] or [{}] * len(examples)
         lines = (
-            json.dumps({"id": example.id, "text": text, **source}, ensure_ascii=False) + "\n"
-            for example, text in zip(examples, texts)
+            json.dumps({"id": example.id, "text": text, **route, **source}, ensure_ascii=False) + "\n"
+            for example, text, route in zip(examples, texts, routes, strict=True)
         )
         with finishing():
             file.write("".join(lines))
@@ -198,19 +225,9 @@ def join_shards(path: str | Path, data: TaskData) -> None:
     shards = _shards(path)
     if not shards:
         return
-    texts = _read_shards(path, data)
-    maker = {MADE_BY: recorded} if (recorded := _recorded_maker(path)) else {}
-    source = {
-        "recipe": data.recipe.name,
-        "version": data.recipe.version,
-        "fingerprint": data.fingerprint,
-        **maker,
-    }
-    lines = [
-        json.dumps({"id": key, "text": texts[key], **source}, ensure_ascii=False) + "\n"
-        for key in data.ids
-        if key in texts
-    ]
+    records = _read_shards(path, data)
+    _recorded_maker(path)  # The shards must have one maker.
+    lines = [json.dumps(records[key], ensure_ascii=False) + "\n" for key in data.ids if key in records]
     write_atomic(path, "".join(lines))
     for shard in shards:
         shard.unlink()
@@ -294,12 +311,12 @@ def _shards(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{glob.escape(path.stem)}.shard-*.jsonl"))
 
 
-def _read_shards(path: Path, data: TaskData) -> dict[str, str]:
-    """Read the predictions made so far, in the file itself and in the files of single processes."""
-    texts: dict[str, str] = {}
+def _read_shards(path: Path, data: TaskData) -> dict[str, dict[str, Any]]:
+    """Return id → line of the predictions made so far, in the file and in those of single processes."""
+    records: dict[str, dict[str, Any]] = {}
     for file in (*_shards(path), path):
-        texts |= read_predictions(file, data)
-    return texts
+        records |= _read_records(file, data)
+    return records
 
 
 def first_ids(ids: list[str], limit: int = 3) -> str:
@@ -328,8 +345,12 @@ def _record(path: Path, number: int, line: bytes) -> dict:
         record = parse_json(decode_text(line))
     except ValueError:
         record = None
-    texts = isinstance(record, dict) and all(isinstance(record.get(key), str) for key in ("id", "text"))
-    if not texts or record.keys() - {MADE_BY} != KEYS or not isinstance(record.get(MADE_BY, ""), str):
+    texts = (
+        isinstance(record, dict)
+        and all(isinstance(record.get(key, ""), str) for key in ("id", "text", MADE_BY))
+        and isinstance(record.get(ROUTED_TO), str | None)
+    )
+    if not texts or record.keys() - OPTIONAL != KEYS:
         raise EvalError(
             f"line {number} of {path} is not a prediction with the keys {', '.join(sorted(KEYS))}",
             "remove that line, and its example is predicted again",

@@ -22,7 +22,12 @@ PROMPTS_PER_BATCH = 256
 
 
 class Predictor(Protocol):
-    """Anything that answers examples."""
+    """Anything that answers examples.
+
+    One that answers each example with what was learned of one of several tasks has an attribute `routed_to`
+    as well, a list of the names of these tasks for the last call, None for the untouched base; answers are
+    recorded with them.
+    """
 
     def predict(self, examples: Sequence[Example]) -> list[str]:
         """One text per example, in order; an empty text is a wrong answer."""

@@ -86,6 +86,8 @@ CACHE_ENTRY, CACHED_PREDICTIONS = "entry.json", "predictions.jsonl"
 BASE = "base"
 #: Keys in CONSOLIDATED: every layer's `Capacity`, and for how many more tasks it is estimated to suffice.
 CAPACITY, FORECAST = "capacity", "forecast"
+#: Key of a score in SCORES: what the answers were routed to, see `count_routes`; of methods that route.
+ROUTES = "routes"
 #: Key in CONSOLIDATED: the examples that a method keeps, by `ids`, and the `bytes` that they take.
 EXAMPLES = "examples"
 #: All files and folders of a run except those of its methods.

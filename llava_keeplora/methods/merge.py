@@ -177,6 +177,7 @@ class Merge(SequentialLora):
         unified = self._unify(ctx)
         return SwitchingPredictor(
             predictor,
+            ctx.learned,
             self.router.choose(predictor, ctx),
             lambda task: carrying(ctx.weights, unified.decoupled(task)),
         )

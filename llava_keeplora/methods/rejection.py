@@ -25,7 +25,7 @@ from llava_keeplora.adapters import BaseWeights, Deltas
 from llava_keeplora.methods.base import AnswerContext, Holding, TaskContext
 from llava_keeplora.methods.protecting import ProtectingMethod
 from llava_keeplora.methods.prototypes import Prototypes
-from llava_keeplora.methods.switching import BASE
+from llava_keeplora.methods.switching import BASE, route_names
 from llava_keeplora.run_folder import Stage
 from llava_keeplora_eval.predictors import Predictor
 
@@ -97,10 +97,11 @@ class RejectingMethod(ProtectingMethod):
         if not self.prototypes.rejection:
             return super().predictor_of(predictor, ctx)
         # Each has what it caches of the weights for itself.
-        base, learned = copy.copy(predictor), super().predictor_of(copy.copy(predictor), ctx)
+        base, merged = copy.copy(predictor), super().predictor_of(copy.copy(predictor), ctx)
         return RejectingPredictor(
             base,
-            learned,
+            merged,
+            ctx.learned,
             self.prototypes.router(predictor),
             partial(untouched, ctx.weights, self.combine(ctx.deltas())),
         )
@@ -111,19 +112,24 @@ class RejectingPredictor:
 
     Args:
         base: the base's predictor, for weights that carry nothing.
-        learned: the predictor of what was learned.
-        choose: examples → the task of each, `BASE` for the base; for weights that carry nothing.
+        merged: the predictor of what was learned.
+        learned: names of the tasks learned, in order.
+        choose: examples → the nearest task of each, `BASE` for the base; for weights that carry nothing.
         untouched: returns a context in which the weights carry nothing.
     """
 
     def __init__(
         self,
         base: Predictor,
-        learned: Predictor,
+        merged: Predictor,
+        learned: Sequence[str],
         choose: Callable[[Sequence[Example]], list[int]],
         untouched: Callable[[], AbstractContextManager[None]],
     ):
-        self.base, self.learned, self.choose, self.untouched = base, learned, choose, untouched
+        self.base, self.merged, self.learned = base, merged, learned
+        self.choose, self.untouched = choose, untouched
+        #: See `Predictor`; the merged model answers for every task that is named.
+        self.routed_to: list[str | None] = []
 
     def predict(self, examples: Sequence[Example]) -> list[str]:
         """Return one text per example, in order."""
@@ -135,8 +141,9 @@ class RejectingPredictor:
 
         with self.untouched():
             chosen = self.choose(examples)
+            self.routed_to = route_names(chosen, self.learned)
             answer(self.base, [row for row, task in enumerate(chosen) if task == BASE])
-        answer(self.learned, [row for row, task in enumerate(chosen) if task != BASE])
+        answer(self.merged, [row for row, task in enumerate(chosen) if task != BASE])
         return answers
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,16 @@ from torch import Tensor, nn
 from llava_keeplora.adapters import AdapterInit
 from llava_keeplora.distributed import all_gather_object
 from llava_keeplora.errors import MethodError
-from llava_keeplora.methods.base import Method, TaskContext
+from llava_keeplora.methods.base import AnswerContext, Method, TaskContext
+from llava_keeplora.methods.switching import BASE, route_names
 from llava_keeplora.run_folder import Stage
-from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features, to_dtype
+from llava_keeplora_eval.predictors import (
+    ClipPredictor,
+    Predictor,
+    class_logits,
+    image_features,
+    to_dtype,
+)
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Example
@@ -38,7 +45,7 @@ class Route:
     """The modules that answer one image.
 
     Args:
-        task: the task whose modules are used, 0 for the first; -1 for the frozen CLIP.
+        task: the task whose modules are used, 0 for the first; `BASE` for the frozen CLIP.
         image, text: weight of the modules in the two encoders.
     """
 
@@ -48,7 +55,7 @@ class Route:
 
 
 #: The route of images that the frozen CLIP answers.
-ORIGINAL = Route(-1, 0.0, 0.0)
+ORIGINAL = Route(BASE, 0.0, 0.0)
 
 
 def check_routing(routing: str) -> None:
@@ -138,9 +145,9 @@ class RoutedMethod(Method):
         """The tensors of each task, without the base's."""
         return self.states[1:]
 
-    def predictor(self, predictor: ClipPredictor, task: str) -> RoutedPredictor:
+    def predictor_of(self, predictor: Predictor, ctx: AnswerContext) -> RoutedPredictor:
         """Return a predictor that routes every image."""
-        return RoutedPredictor(predictor, self)
+        return RoutedPredictor(cast(ClipPredictor, predictor), ctx.learned, self)
 
 
 class RoutedPredictor:
@@ -150,11 +157,14 @@ class RoutedPredictor:
 
     Args:
         clip: the frozen model's own predictor.
+        learned: names of the tasks learned, in order.
         method: chooses the routes and switches the modules on.
     """
 
-    def __init__(self, clip: ClipPredictor, method: RoutedMethod):
-        self.clip, self.method = clip, method
+    def __init__(self, clip: ClipPredictor, learned: Sequence[str], method: RoutedMethod):
+        self.clip, self.learned, self.method = clip, learned, method
+        #: See `Predictor`.
+        self.routed_to: list[str | None] = []
         # Class features by task and weight; called while that task's modules are on.
         self._text = lru_cache(TEXTS)(lambda task, weight: clip.prompt_features())
 
@@ -165,6 +175,7 @@ class RoutedPredictor:
         inputs = clip.inputs(examples)
         image = image_features(model, **inputs)
         routes = self.method.routes(image.float())
+        self.routed_to = route_names([route.task for route in routes], self.learned)
         logits = image.new_empty(len(examples), len(clip.recipe.classes))
         for task, text in dict.fromkeys((route.task, route.text) for route in routes):
             rows = [row for row, route in enumerate(routes) if (route.task, route.text) == (task, text)]

@@ -21,6 +21,11 @@ BASE = -1
 ZERO3_CONFLICT = "answers with another task's update in every process, where shards need all to answer alike"
 
 
+def route_names(routes: Sequence[int], learned: Sequence[str]) -> list[str | None]:
+    """Return the names of tasks by their numbers, 0 for the first; None for `BASE`. See `Predictor`."""
+    return [None if task == BASE else learned[task] for task in routes]
+
+
 class SwitchingPredictor:
     """Answers with the update of the task that each example is routed to.
 
@@ -29,6 +34,7 @@ class SwitchingPredictor:
     Args:
         predictor: the base's own predictor for the task, not used before: it may cache what it makes of the
             weights.
+        learned: names of the tasks learned, in order.
         choose: examples → the task of each, 0 for the first; `BASE` for the untouched base.
         carrying: a task → context in which the model carries its update.
     """
@@ -36,15 +42,19 @@ class SwitchingPredictor:
     def __init__(
         self,
         predictor: Predictor,
+        learned: Sequence[str],
         choose: Callable[[Sequence[Example]], list[int]],
         carrying: Callable[[int], AbstractContextManager[None]],
     ):
-        self.base, self.choose, self.carrying = predictor, choose, carrying
+        self.base, self.learned, self.choose, self.carrying = predictor, learned, choose, carrying
+        #: See `Predictor`.
+        self.routed_to: list[str | None] = []
         self._predictors: dict[int, Predictor] = {}
 
     def predict(self, examples: Sequence[Example]) -> list[str]:
         """Return one text per example, in order."""
         chosen, answers = self.choose(examples), [""] * len(examples)
+        self.routed_to = route_names(chosen, self.learned)
         for task in dict.fromkeys(chosen):
             rows = [row for row, other in enumerate(chosen) if other == task]
             for row, answer in zip(rows, self._answer(task, [examples[row] for row in rows])):

@@ -187,5 +187,8 @@ class TaskLora(SequentialLora):
         layers = {name: ctx.model.get_submodule(name) for task in deltas for name in task}
         weights = BaseWeights(layers, stacked=True)
         return SwitchingPredictor(
-            predictor, self.router.choose(predictor, ctx), lambda task: carrying(weights, deltas[task])
+            predictor,
+            ctx.learned,
+            self.router.choose(predictor, ctx),
+            lambda task: carrying(weights, deltas[task]),
         )

@@ -20,6 +20,7 @@ from llava_keeplora.report.results import (
     mean_scores,
     row_marks,
 )
+from llava_keeplora.report.routes import route_table
 from llava_keeplora.report.tables import (
     SCORE_COLUMNS,
     matrix_rows,
@@ -199,6 +200,7 @@ def _numbers(trials: Sequence[Trial]) -> str:
     )
     for header, rows in (
         stage_table(trials),
+        route_table(trials),
         (ERROR_COLUMNS, error_rows(trials)),
         (CONFUSION_COLUMNS, confusion_rows(trials)),
         (COST_COLUMNS, costs),

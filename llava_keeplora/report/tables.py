@@ -16,6 +16,7 @@ from llava_keeplora.report.results import (
     row_marks,
     spread,
 )
+from llava_keeplora.report.routes import route_table
 from llava_keeplora.report.watched import NOTE, TITLE, stage_table, watched_header, watched_rows
 from llava_keeplora.report.wrong_answers import ERROR_COLUMNS, error_rows
 from llava_keeplora_eval.markup import markdown_text
@@ -208,6 +209,8 @@ def markdown_tables(title: str, results: Results, precision: int = 1) -> str:
             if scores
             else []
         )
+        header, rows = route_table(trials)
+        parts += [markdown_table(header, rows)] if rows else []
         errors = error_rows(trials)
         parts += [markdown_table(ERROR_COLUMNS, errors)] if errors else []
         costs = cost_rows(trials)

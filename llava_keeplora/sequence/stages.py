@@ -22,6 +22,7 @@ from llava_keeplora.run_folder import (
     FORECAST,
     OWN_ANSWERS,
     PREPARED,
+    ROUTES,
     SCORES,
     STATE,
     Stage,
@@ -39,6 +40,7 @@ from llava_keeplora.sequence.shrinking import shrink
 from llava_keeplora.sequence.train_stage import train
 from llava_keeplora.start import Task
 from llava_keeplora_eval import score
+from llava_keeplora_eval.predictions import count_routes
 
 logger = logging.getLogger(__name__)
 
@@ -175,8 +177,11 @@ def evaluate(state: MethodState, index: int) -> Outcome:
 
 
 def score_task(state: MethodState, index: int, task: Task) -> dict[str, Any]:
-    """Score a task's answers, enter the score into the matrix, and write the matrix."""
-    result = score(task.test, predictions_path(state, index, task)).to_dict()
+    """Score a task's answers, count what they were routed to, and write the score into the matrix."""
+    path = predictions_path(state, index, task)
+    result = score(task.test, path).to_dict()
+    if routes := count_routes(path, task.test):
+        result[ROUTES] = routes
     state.fill_matrix(index, {task.name: result})
     state.write_matrix()
     return result

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from llava_keeplora_eval import EvalError, predict_to_file, read_predictions
-from llava_keeplora_eval.predictions import join_shards
+from llava_keeplora_eval.predictions import count_routes, join_shards
 
 
 def line(key="pet-0", text="cat", recipe="pets", version=1, fingerprint="f00d"):
@@ -188,6 +188,44 @@ def test_shares_are_of_one_model_and_their_file_says_which(tmp_path, data, rank)
     assert path.read_bytes() == alone.read_bytes()
     with pytest.raises(EvalError, match="made otherwise"):
         predict_to_file(Shouting(), data, path, shard=(rank, 2), made_by={"model": "B"})
+
+
+class Routing(Shouting):
+    """Answers with what was learned of "a", or of "b"; every third example is the base's."""
+
+    def predict(self, examples):
+        numbers = [int(example.id.removeprefix("pet-")) for example in examples]
+        self.routed_to = [("a", "b", None)[number % 3] for number in numbers]
+        return super().predict(examples)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_what_answered_an_example_is_recorded_beside_the_answer_and_counted(tmp_path, data, world):
+    path = tmp_path / "routed.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        predict_to_file(Routing(), data, path, batch_size=2, shard=(0, world), advance=interrupt)
+    for rank in range(world):
+        predict_to_file(Routing(), data, path, batch_size=2, shard=(rank, world))
+    join_shards(path, data)
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    assert [found["routed_to"] for found in lines] == ["a", "b", None] * 3 + ["a"]
+    assert read_predictions(path, data) == {key: key.upper() for key in data.ids}
+    assert count_routes(path, data) == {"tasks": {"a": 4, "b": 3}, "base": 3}
+    plain = tmp_path / "plain.jsonl"
+    predict_to_file(Shouting(), data, plain)
+    assert count_routes(plain, data) is None and "routed_to" not in plain.read_text()
+
+
+def interrupt(count):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("key", "value"), [("routed_to", 1), ("routed_to", ["a"]), ("made_by", None)])
+def test_a_line_with_something_else_than_a_name_is_no_prediction(tmp_path, data, key, value):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(json.dumps(json.loads(line()) | {key: value}) + "\n")
+    with pytest.raises(EvalError, match="line 1 of .* is not a prediction"):
+        read_predictions(path, data)
 
 
 def test_shares_of_two_models_are_not_joined(tmp_path, data):

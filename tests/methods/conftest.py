@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_keeplora.config import ModelConfig
-from llava_keeplora.methods import TaskContext
+from llava_keeplora.methods import AnswerContext, TaskContext
 from llava_keeplora.models import Prepared, load_model
 from llava_keeplora_recipes import load_recipe, load_split
 
@@ -66,7 +66,8 @@ class Taught:
         """What answers a task's training examples; by the frozen CLIP alone for the base."""
         own = self.data[task]
         plain = self.family.predictor(own.recipe, Prepared(self.family, own))
-        return plain if base else self.method.predictor(plain, own.recipe.name)
+        ctx = AnswerContext(own.recipe.name, [data.recipe.name for data in self.data[:2]], list, None, None)
+        return plain if base else self.method.predictor_of(plain, ctx)
 
     def logits(self, task, rows=None, base=False):
         """Of a task's training examples."""

@@ -1,5 +1,7 @@
 """With `rejection` the untouched base answers what resembles no learned task, and nothing else changes."""
 
+import json
+from collections import Counter
 from contextlib import contextmanager
 
 import pytest
@@ -70,6 +72,10 @@ def test_the_base_answers_what_is_further_from_every_task_than_half_of_its_own_a
         folder = next((finished / "wary").glob(f"task-{after:02}-*"))
         found = read_predictions(folder / f"predictions/{recipe.name}.jsonl", data)
         assert [found[key] for key in data.ids] == [texts[own][row] for row, own in enumerate(known)]
+        routes = json.loads((folder / "scores.json").read_text())[recipe.name]["routes"]
+        assert routes["base"] == known.count(False) == len(data) - sum(routes["tasks"].values())
+        tasks = Counter(learned.recipes[task].name for task, own in zip(nearest.tolist(), known) if own)
+        assert routes["tasks"] == tasks
         seen |= set(known)
     assert seen == {True, False}
 
@@ -152,8 +158,9 @@ def test_a_batch_is_answered_in_order_and_nobody_is_asked_for_nothing():
         assert state[-1] == "base"
         return [BASE if example < 0 else example for example in examples]
 
-    predictor = RejectingPredictor(Echo("base"), Echo("merged"), choose, off)
+    predictor = RejectingPredictor(Echo("base"), Echo("merged"), ["a", "b", "c", "d"], choose, off)
     assert predictor.predict([1, -5, 0, -2]) == ["merged 1", "base -5", "merged 0", "base -2"]
+    assert predictor.routed_to == ["b", None, "a", None]
     assert predictor.predict([3]) == ["merged 3"] and predictor.predict([-1]) == ["base -1"]
     assert predictor.predict([]) == []
 

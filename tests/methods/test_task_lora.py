@@ -1,6 +1,7 @@
 """The identities of task LoRAs: what is routed to a task is answered by its own adapter on the base."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,6 +46,11 @@ def answers(finished, label, after, recipe, data):
     return [found[key] for key in data.ids]
 
 
+def scores(finished, label, after):
+    (folder,) = (finished / label).glob(f"task-{after:02}-*")
+    return json.loads((folder / "scores.json").read_text())
+
+
 def test_the_oracle_answers_each_task_with_its_own_adapter_and_a_new_one_with_the_base(finished):
     learned = load_learned_run(finished, "oracle")
     for task, recipe in enumerate(learned.recipes):
@@ -53,6 +59,9 @@ def test_the_oracle_answers_each_task_with_its_own_adapter_and_a_new_one_with_th
             family = learned.load(deltas=[learned.deltas[task]] if task < after else [])
             expected = family.predictor(recipe, Prepared(family, data)).predict(list(data))
             assert answers(finished, "oracle", after, recipe, data) == expected
+            own = {"tasks": {recipe.name: len(data)}, "base": 0}
+            routes = own if task < after else {"tasks": {}, "base": len(data)}
+            assert scores(finished, "oracle", after)[recipe.name]["routes"] == routes
 
 
 @pytest.mark.parametrize("label", ["nearest", "oracle", "wary"])
@@ -79,6 +88,9 @@ def test_prototypes_answer_each_example_with_the_adapter_of_the_nearest_task(fin
     by_task = [m.predictor(data.recipe, Prepared(m, data)).predict(list(data)) for m in adapted]
     expected = [by_task[task][row] for row, task in enumerate(tasks)]
     assert answers(finished, "nearest", 2, data.recipe, data) == expected
+    names = [recipe.name for recipe in learned.recipes]
+    routes = {"tasks": {names[task]: tasks.count(task) for task in dict.fromkeys(tasks)}, "base": 0}
+    assert scores(finished, "nearest", 2)[data.recipe.name]["routes"] == routes
     assert answers(finished, "nearest", 1, data.recipe, data) == by_task[0], "there is one task to choose"
     paths = [sorted((finished / label).glob("task-*/delta.safetensors")) for label in ("nearest", "oracle")]
     assert [p.read_bytes() for p in paths[0]] == [p.read_bytes() for p in paths[1]]
@@ -97,6 +109,8 @@ def test_a_run_with_rejection_answers_as_the_adapter_or_as_the_base_and_keeps_on
     texts = [m.predictor(data.recipe, Prepared(m, data)).predict(list(data)) for m in (base, adapted)]
     assert answers(finished, "wary", 1, data.recipe, data) == [texts[o][i] for i, o in enumerate(own)]
     assert False in own
+    routes = {"tasks": {data.recipe.name: own.count(True)}, "base": own.count(False)}
+    assert scores(finished, "wary", 1)[data.recipe.name]["routes"] == routes
 
 
 def test_prototypes_are_unit_means_of_groups_and_of_prompts():
@@ -220,9 +234,12 @@ def test_a_batch_is_answered_in_order_with_what_each_task_s_predictor_caches_for
         def __exit__(self, *error):
             carried.pop()
 
-    predictor = SwitchingPredictor(Echo(carried), lambda examples: [int(e) for e in examples], Carry)
+    predictor = SwitchingPredictor(
+        Echo(carried), ["a", "b"], lambda examples: [int(e) for e in examples], Carry
+    )
     assert predictor.predict(["1", "-1", "0", "1"]) == ["111", "---1", "000", "111"]
-    assert predictor.predict([]) == [] and BASE == -1
+    assert predictor.routed_to == ["b", None, "a", "b"]
+    assert predictor.predict([]) == [] == predictor.routed_to and BASE == -1
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
