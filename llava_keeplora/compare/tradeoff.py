@@ -147,7 +147,7 @@ def tradeoff_figure(
         orders: title of a panel → label → numbers of the finished rows, as in `table.json`.
         palette: the plot's colours.
         coloured: the labels in colour and in the legend, by default those with settings tried (all where no
-            setting was); the points of others are grey, with their label beside them.
+            setting was); the points and curves of others are grey, with their label beside them.
     """
     lines = curves(tried)
     orders = {
@@ -180,6 +180,8 @@ def tradeoff_figure(
         if name in orders:
             others = sorted((label for label in orders[name] if label not in looks), key=len, reverse=True)
             label_rows(panel, orders[name], dict.fromkeys(others, GREY), palette)
+        else:
+            _label_curves(panel, lines, looks, palette)
     return figure
 
 
@@ -201,10 +203,12 @@ def _draw_tried(
     palette: Palette,
 ) -> None:
     for label, points in lines.items():
-        look = looks.get(label, {"color": GREY, "marker": "o"}) | {"markersize": 4}
+        known = label in looks
+        look = looks.get(label, {"color": GREY, "marker": "o"}) | {"markersize": 4 if known else 2.5}
+        look |= {"linewidth": 1.4 if known else 0.8, "zorder": 2 if known else 1.5}
         if not joined(tried, label):
             look["linestyle"] = "none"
-        axes.plot(*zip(*points), linewidth=1.4, label=label, **look)
+        axes.plot(*zip(*points), label=label if known else f"_{label}", **look)
     for trial in tried:
         if not trial.chosen:
             continue
@@ -219,6 +223,14 @@ def _draw_tried(
             last = trial.metrics["zero_shot_average"]
             axes.plot(last, transfer, label=ZERO_SHOT, linestyle="none", **looks[ZERO_SHOT])
             break
+
+
+def _label_curves(axes: Axes, lines: Mapping[str, list[Point]], looks: Looks, palette: Palette) -> None:
+    """Write the names of grey curves next to their last points."""
+    bars = 0.0, 0.0
+    points = {f"{label} {i}": (*point, *bars) for label, of in lines.items() for i, point in enumerate(of)}
+    ends = {label: (*of[-1], *bars) for label, of in lines.items() if label not in looks}
+    label_points(axes, points | ends, [], dict.fromkeys(sorted(ends, key=len, reverse=True), GREY), palette)
 
 
 def _draw_bound(axes: Axes, label: str, last: float, colour: str) -> None:

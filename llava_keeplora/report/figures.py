@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ DPI = 150
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 #: Width in inches of an entry of a legend without its text, and of each of its letters.
 LEGEND_MARK, LEGEND_LETTER = 0.6, 0.085
+#: Height of a line of a legend, inches.
+LEGEND_LINE = 0.205
 #: Line styles, used once the colours have run out: with five, 30 lines can be distinguished.
 STYLES = ("-", "--", ":", (0, (8, 2)), (0, (4, 1, 1, 1, 1, 1)))
 #: Line style of bounds.
@@ -104,15 +107,18 @@ def bare(axes, palette: Palette) -> None:
 
 
 def legend_above(figure: Figure, panels: Sequence[Axes], palette: Palette) -> None:
-    """Add one legend for all panels, above them."""
+    """Add one legend for all panels, above them; the figure grows by the lines that it has after its first."""
     entries = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
     if entries:
         widest = LEGEND_MARK + LEGEND_LETTER * max(map(len, entries))
+        columns = max(1, min(len(entries), int(figure.get_figwidth() / widest)))
+        further = math.ceil(len(entries) / columns) - 1
+        figure.set_figheight(figure.get_figheight() + LEGEND_LINE * further)
         figure.legend(
             entries.values(),
             entries.keys(),
             loc="outside upper left",
-            ncols=max(1, min(len(entries), int(figure.get_figwidth() / widest))),
+            ncols=columns,
             labelcolor=palette.ink,
             facecolor=palette.paper,
             edgecolor=palette.paper,

@@ -89,6 +89,17 @@ def test_methods_with_settings_have_colours_of_their_own_and_others_are_grey_wit
     assert len({look["color"] for look in looks.values()}) == 7
 
 
+def test_a_curve_that_is_not_to_be_in_colour_is_grey_with_its_name_at_its_end(tried):
+    tried += [at_rate("ewc", 1e-3, 48.0, 39.0), at_rate("ewc", 4e-3, 35.0, 45.0, chosen=True)]
+    figure = tradeoff_figure(["seq-lora", "ewc", "individual"], tried, {}, coloured=["seq-lora"])
+    (panel,), (legend,) = figure.axes, figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["seq-lora"]
+    (line,) = (line for line in panel.lines if line.get_label() == "_ewc")
+    assert line.get_color() == GREY and line.get_xydata().tolist() == [[39.0, 48.0], [45.0, 35.0]]
+    (name,) = (text for text in panel.texts if text.get_text() == "ewc")
+    assert name.get_color() == GREY and name.xy == (45.0, 35.0)
+
+
 def test_no_name_covers_a_point_or_another_name_and_one_without_a_place_is_left_out():
     axes = new_figure((3, 3), LIGHT).subplots()
     rows = {f"method-{i}": row(50.0 + i / 100, 50.0) for i in range(30)} | {"joint": row(50.1)}

@@ -89,20 +89,18 @@ def test_the_ablations_are_those_of_the_result_file_and_its_means_those_of_its_r
 
 
 def test_the_curves_are_those_of_the_settings_tried():
-    header, rows = next((header, rows) for header, rows in tables(LEARNED) if header[0] == "learning rate")
-    labels = [column.split(":")[0] for column in header[1:]]
-    scores = {
-        (one["label"], one["settings"]["training"]["learning_rate"]): one["metrics"]
+    header, rows = next((header, rows) for header, rows in tables(LEARNED) if header[0] == "tuned by Average")
+    tried = {
+        (one["label"], one["settings"]["training"]["learning_rate"]): one
         for one in TRIED
         if "training" in one["settings"]
     }
-    assert {(label, float(row[0])) for row in rows for label in labels} == {
-        key for key in scores if key[0] in labels
-    }
-    for rate, *cells in rows:
-        for label, cell in zip(labels, cells, strict=True):
-            metrics = scores[label, float(rate)]
-            assert cell == ", ".join(f"{metrics[name]:.1f}" for name in ("transfer", "average", "last"))
+    assert {(row[0], float(rate)) for row in rows for rate in header[1:]} == set(tried)
+    for label, *cells in rows:
+        for rate, cell in zip(header[1:], cells, strict=True):
+            metrics, mark = tried[label, float(rate)]["metrics"], "**" * tried[label, float(rate)]["chosen"]
+            scores = ", ".join(f"{metrics[name]:.1f}" for name in ("transfer", "average", "last"))
+            assert cell == f"{mark}{scores}{mark}", (label, rate)
 
 
 def test_the_weights_of_the_balanced_preset_are_those_of_the_settings_tried():
@@ -133,8 +131,10 @@ def test_the_plot_of_the_results_has_every_method_of_the_result_files(drawing):
     figure = drawing.tradeoff()
     (legend,) = figure.legends
     coloured = {text.get_text() for text in legend.get_texts()}
-    assert coloured == {"zero-shot", *drawing.COLOURED} >= {one["label"] for one in TRIED}
-    _, tuned, fast = figure.axes
+    assert coloured == {"zero-shot", *drawing.COLOURED}
+    tried, tuned, fast = figure.axes
+    drawn = {line.get_label().removeprefix("_") for line in tried.lines}
+    assert drawn >= {one["label"] for one in TRIED} and names_in(tried) <= drawn - coloured
     assert names_in(tuned) | coloured >= set(RUNS["I"])
     assert names_in(fast) == set(FAST["I"]) - UNDRAWN - coloured
 

@@ -38,6 +38,18 @@ def test_a_panel_per_task_shows_means_over_seeds_and_the_level_line_of_the_untou
     )
 
 
+@pytest.mark.filterwarnings("error")
+def test_panels_are_as_large_with_the_names_of_30_methods_above_them_as_with_one():
+    def height(methods):
+        figure = draw_curves(
+            {f"a method {i}": [Trial(Matrix(["a"], [1.0], [[2.0]]))] for i in range(methods)}, LIGHT
+        )
+        figure.draw_without_rendering()
+        return figure.axes[0].get_window_extent().height
+
+    assert height(30) == pytest.approx(height(1), rel=0.02)
+
+
 def test_all_methods_of_the_package_differ_from_each_other_in_lines_and_bars():
     looks = [style(position) for position in range(len(list(METHODS)))]
     bars = [fill(position, LIGHT) for position in range(len(looks))]
