@@ -107,7 +107,7 @@ def bare(axes, palette: Palette) -> None:
 
 
 def legend_above(figure: Figure, panels: Sequence[Axes], palette: Palette) -> None:
-    """Add one legend for all panels, above them; the figure grows by the lines that it has after its first."""
+    """Add one legend for all panels, above them; the figure grows by each line after its first."""
     entries = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
     if entries:
         widest = LEGEND_MARK + LEGEND_LETTER * max(map(len, entries))
