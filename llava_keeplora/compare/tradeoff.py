@@ -178,8 +178,7 @@ def tradeoff_figure(
     legend_above(figure, list(axes), palette)
     for panel, name in zip(axes, panels):
         if name in orders:
-            others = sorted((label for label in orders[name] if label not in looks), key=len, reverse=True)
-            label_rows(panel, orders[name], dict.fromkeys(others, GREY), palette)
+            label_rows(panel, orders[name], _in_grey(orders[name], looks), palette)
         else:
             _label_curves(panel, lines, looks, palette)
     return figure
@@ -229,8 +228,15 @@ def _label_curves(axes: Axes, lines: Mapping[str, list[Point]], looks: Looks, pa
     """Write the names of grey curves next to their last points."""
     bars = 0.0, 0.0
     points = {f"{label} {i}": (*point, *bars) for label, of in lines.items() for i, point in enumerate(of)}
-    ends = {label: (*of[-1], *bars) for label, of in lines.items() if label not in looks}
-    label_points(axes, points | ends, [], dict.fromkeys(sorted(ends, key=len, reverse=True), GREY), palette)
+    ends = {label: (*of[-1], *bars) for label, of in lines.items()}
+    label_points(axes, points | ends, [], _in_grey(lines, looks), palette)
+
+
+def _in_grey(labels: Iterable[str], looks: Looks) -> dict[str, str]:
+    """Return the labels that have no look, the longest first, as it has the fewest places, each → grey."""
+    return dict.fromkeys(
+        sorted((label for label in labels if label not in looks), key=len, reverse=True), GREY
+    )
 
 
 def _draw_bound(axes: Axes, label: str, last: float, colour: str) -> None:
