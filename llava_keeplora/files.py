@@ -83,9 +83,13 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all of a safetensors file; see `open_tensors`."""
+    """Read all of a safetensors file; see `open_tensors`.
+
+    Each tensor is copied to where the allocator puts it. In the mapped file it starts wherever the header
+    ends, and products round otherwise there: a resumed run would not end as one that never stopped.
+    """
     file = open_tensors(path)
-    return {name: file.get_tensor(name) for name in file.keys()}
+    return {name: file.get_tensor(name).clone() for name in file.keys()}
 
 
 def open_tensors(path: Path) -> safe_open:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import open_tensors, write_tensors
+from llava_keeplora.files import open_tensors, read_tensors, write_tensors
 from llava_keeplora.records import NUMBER
 
 
@@ -89,10 +89,9 @@ def load_deltas(path: Path) -> dict[str, Delta | FullDelta]:
     Raises:
         RunError: if the file holds no deltas, a layer's A or B is missing, or a scale is not finite.
     """
-    file = open_tensors(path)
-    tensors = {name: file.get_tensor(name) for name in file.keys()}
+    tensors = read_tensors(path)
     try:
-        scales = json.loads((file.metadata() or {})["scales"])
+        scales = json.loads((open_tensors(path).metadata() or {})["scales"])
         if not all(scale in NUMBER for scale in scales.values()):
             raise ValueError("a scale is no finite number")
         low_rank: dict[str, Delta | FullDelta] = {

@@ -24,8 +24,8 @@ Differences:
   Its singular vectors and F are in fp16, its adapters in bf16; here all are in fp32.
 - As there, with s ≠ 0 at the start a task does not begin with the last task's model.
 - DeepSpeed would split U and V over processes and is refused.
-- `protect_weights` and `distillation`, KeepLoRA's W_p and the term of its preset `balanced`, are no part of
-  it; they are off by default.
+- `protect_weights`, `distillation` and `rejection`, KeepLoRA's W_p and what its presets `balanced` and
+  `balanced-rejection` add, are no part of it; they are off by default.
 
 Legend: in / out features of a layer, r rank, k columns of F.
 """
@@ -57,6 +57,8 @@ from llava_keeplora.methods.gradient_init import first_step_directions, gradient
 from llava_keeplora.methods.keeplora_plus_plus import block_factors
 from llava_keeplora.methods.kept_features import KeptFeatures
 from llava_keeplora.methods.layers import in_layer
+from llava_keeplora.methods.prototypes import check_rejection
+from llava_keeplora.methods.rejection import VARIANT
 from llava_keeplora.methods.stiefel import Frame, StiefelAdamW
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.subspace import append_directions, feature_directions, principal_basis
@@ -87,6 +89,7 @@ class EbLora(KeptFeatures):
         "https://arxiv.org/abs/2602.00722",
         kept="a basis for every layer, at most as wide as its input",
         trained="A and B with orthonormal rows and columns, a scale per layer",
+        variants=VARIANT,
     )
     stage_cost = {Stage.PREPARED: 0.6, Stage.CONSOLIDATED: 0.6}
     own_optimizer = True
@@ -106,6 +109,8 @@ class EbLora(KeptFeatures):
             protect_weights: whether F holds W_p as well, KeepLoRA's principal directions of the weights.
             distillation: λ, the weight of keeping the task's image features near those of its start, on a
                 model of two encoders (`kept_features.py`); 0 for none.
+            rejection: the largest share of a task's training examples that may be taken for none of its kind;
+                the untouched base answers an example as far away as these (`rejection.py`); 0 for no test.
         """
 
         scale_start: float = 0.0
@@ -115,6 +120,7 @@ class EbLora(KeptFeatures):
         dropout: float = 0.05
         protect_weights: bool = False
         distillation: float = 0.0
+        rejection: float = 0.0
 
         def __post_init__(self) -> None:
             if self.step_scale not in STEP_SCALES:
@@ -135,11 +141,13 @@ class EbLora(KeptFeatures):
                 raise MethodError(
                     f"distillation must not be negative (got {self.distillation})", "set it to 0 for none"
                 )
+            check_rejection(self.rejection)
 
     def __init__(self, options: "EbLora.Options"):
         super().__init__(options)
         self.dropout = options.dropout
         self.keep_features(options.distillation)
+        self.reject(options.rejection)
         self._model: nn.Module | None = None
 
     def check(self, layers: Mapping[str, Layer]) -> None:
@@ -297,18 +305,19 @@ class EbLora(KeptFeatures):
                     "new": found.rank,
                 }
         self.report_capacity(ctx)
+        self.learn_prototypes(ctx)
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
-        """Return the columns of F in a task's state; the base has none without `protect_weights`."""
+        """Return a task's columns of F (the base has none without W_p), and prototypes, in its state."""
         layers = ctx.layers if ctx.index or self.options.protect_weights else {}
         return {
             name: Holding((layer.module.in_features, None), (name,), required=False)
             for name, layer in layers.items()
-        }
+        } | self.prototype_holding(ctx)
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
         """Rebuild every layer's F from the columns of all tasks."""
         self.bases = {}
-        for state in states:
+        for state in self.load_prototypes(states):
             for name, new in state.items():
                 self.append_columns(name, new)

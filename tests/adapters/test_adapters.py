@@ -17,7 +17,7 @@ from llava_keeplora.adapters import (
     read_adapters,
     save_deltas,
 )
-from llava_keeplora.files import write_tensors
+from llava_keeplora.files import read_tensors, write_tensors
 
 
 class Net(nn.Module):
@@ -189,3 +189,15 @@ def test_a_file_with_full_changes_of_linear_layers_is_read_as_it_was_written_bef
         "c": ["weight"],
     }
     assert torch.equal(loaded["a.b"].parameters["bias"], tensors["a.b.bias"]) and loaded["d"].scale == 0.5
+
+
+def test_tensors_are_read_to_where_fresh_ones_are_so_that_a_resumed_run_rounds_alike(tmp_path):
+    fresh = torch.empty(3).data_ptr() % 64
+    path = tmp_path / "delta.safetensors"
+    for length in range(70):  # Headers of all lengths, which the tensors follow in the file.
+        tensors = {"d.A": torch.randn(2, 3), "d.B": torch.randn(5, 2), "e.whole.bias": torch.randn(5)}
+        write_tensors(path, tensors, {"scales": '{"d": 0.5}', "note": "x" * length})
+        read, deltas = read_tensors(path), load_deltas(path)
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+        found = [*read.values(), deltas["d"].A, deltas["d"].B]
+        assert {tensor.data_ptr() % 64 for tensor in found} == {fresh}
