@@ -41,29 +41,36 @@ class Budget:
         batch: examples of one optimiser step over all processes.
         steps: number of optimiser steps.
         total: number of examples that all steps see together; None for passes over `examples`.
+        dropped: number of `examples` that each pass leaves out, others each time (`dataloader_drop_last`).
     """
 
     examples: int
     batch: int
     steps: int
     total: int | None = None
+    dropped: int = 0
 
     @classmethod
     def of(cls, training: Mapping[str, Any], examples: int, world: int) -> Budget:
         """Return the budget of a task that is trained on its own examples; arguments as `optimiser_steps`."""
-        return cls(examples, step_size(training, world), optimiser_steps(training, examples, world))
+        return cls.taken(training, examples, world, optimiser_steps(training, examples, world))
 
     @classmethod
     def taken(cls, training: Mapping[str, Any], examples: int, world: int, steps: int) -> Budget:
         """Return the budget of a training that took some steps; arguments as `optimiser_steps`."""
         batch = int(training.get("per_device_train_batch_size", 8)) * world
-        kept = examples // batch * batch if training.get("dataloader_drop_last") else examples
-        return cls(kept, step_size(training, world), steps)
+        dropped = examples % batch if training.get("dataloader_drop_last") else 0
+        return cls(examples, step_size(training, world), steps, dropped=dropped)
+
+    @property
+    def per_pass(self) -> int:
+        """Number of examples that a whole pass sees."""
+        return self.examples - self.dropped
 
     @property
     def repeats(self) -> bool:
         """Whether the steps see some example more than once."""
-        return self.seen > self.examples
+        return self.seen > self.per_pass
 
     @property
     def seen(self) -> int:
@@ -73,5 +80,5 @@ class Budget:
         """
         if self.total is not None:
             return self.total
-        passes, steps = divmod(self.steps, -(-self.examples // self.batch) or 1)
-        return passes * self.examples + min(steps * self.batch, self.examples)
+        passes, steps = divmod(self.steps, -(-self.per_pass // self.batch) or 1)
+        return passes * self.per_pass + min(steps * self.batch, self.per_pass)

@@ -18,7 +18,7 @@ from llava_keeplora.config import RunConfig, parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.registries import METHODS
 from llava_keeplora.report.resources import other_budget, usual_budget
-from llava_keeplora.steps import Budget, optimiser_steps
+from llava_keeplora.steps import Budget
 
 #: Arguments of a training on which its number of examples depends.
 SCHEDULE = (
@@ -117,7 +117,7 @@ def trained_examples(config: RunConfig, label: str, sizes: dict[Any, int] | None
         return 0
     budgets = []
     for training, size in zip(config.trainings(label), _sizes(config, {} if sizes is None else sizes)):
-        budgets.append(Budget.taken(training, size, 1, optimiser_steps(training, size, 1)))
+        budgets.append(Budget.of(training, size, 1))
     trained = [index for index in range(1, len(budgets) + 1) if config.source(index) is None]
     further = [method.further_budget(index, budgets) if method.mixes else None for index in trained]
     own = sum(method.budget(index, budgets).seen for index in trained)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config.coerce import as_mapping
+from llava_keeplora.coerce import as_mapping
 from llava_keeplora.config.schema import MethodConfig, RunConfig
 from llava_keeplora.config.training_args import read_deepspeed
 from llava_keeplora.errors import ConfigError, MethodError

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from llava_keeplora.config.coerce import build
+from llava_keeplora.coerce import build
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora.run_folder import ROLLBACK, SHRINK, STOP, WARN
 

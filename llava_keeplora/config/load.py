@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from llava_keeplora.coerce import as_mapping, build, check_keys, coerce_value
 from llava_keeplora.config.checks import (
     check_adopting,
     check_full_finetuning,
@@ -15,7 +16,6 @@ from llava_keeplora.config.checks import (
     check_tasks,
     deepspeed_config,
 )
-from llava_keeplora.config.coerce import as_mapping, build, check_keys, coerce_value
 from llava_keeplora.config.expected import ExpectedConfig
 from llava_keeplora.config.guard import GuardConfig
 from llava_keeplora.config.parts import PartConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora.bitsandbytes_import import import_bitsandbytes
-from llava_keeplora.config.coerce import as_mapping, coerce_value
+from llava_keeplora.coerce import as_mapping, coerce_value
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora_recipes.strict_json import decode_text, parse_json
 

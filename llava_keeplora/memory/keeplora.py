@@ -32,6 +32,7 @@ from llava_keeplora.adapters import (
 from llava_keeplora.adopt.peft_adapter import read_adapter
 from llava_keeplora.adopt.source import ADAPTER as ADAPTER_SOURCE
 from llava_keeplora.adopt.source import find_source
+from llava_keeplora.coerce import coerce_fields
 from llava_keeplora.deepspeed_zero import forget_engine
 from llava_keeplora.errors import ConfigError, MethodError, nearest
 from llava_keeplora.memory import passes, store
@@ -143,7 +144,7 @@ class KeepLora:
         parts = part_settings(arguments["targets"], defaults)
         self._arguments = {**arguments, "targets": parts}
         self.layers = find_target_layers(model, parts)
-        self.method: Any = cls(cls.Options(**options))
+        self.method: Any = cls(cls.Options(**coerce_fields(cls.Options, options, "")))
         if self.method.distillation:
             raise MethodError(
                 f"distillation is {self.method.distillation:g}, but it is a part of the training's loss, and "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_keeplora.config.coerce import build
+from llava_keeplora.coerce import build
 from llava_keeplora.config.guard import GuardConfig
 from llava_keeplora.distributed import all_gather_object, is_main_process
 from llava_keeplora.errors import ConfigError, GuardError, RunError, UserError

@@ -65,6 +65,8 @@ class TaskContext:
         own_answers: returns the task's training questions with the model's answers from before it, `Inputs`.
         data: returns the training data of a task of the run, counted from 1; for 0 those of
             `general_data_spec`.
+        learned_rows: returns, for each training example of a task as the model learns it (a `Mixture` counts
+            these), its row in `data`: an image with several captions is learned with each.
         budgets: what each task's training takes.
         fit: `fit(inits, data, mixture, training)` trains adapters on the model as it is at this stage, on any
             task's data, and returns layer name → their update; only in `after_task`. See
@@ -98,6 +100,7 @@ class TaskContext:
     repeats: bool = False
     own_answers: Callable[[], Any] | None = None
     data: Callable[[int], TaskData] | None = None
+    learned_rows: Callable[[int], Sequence[int]] | None = None
     budgets: Sequence[Budget] = ()
     fit: Callable[..., dict[str, Delta]] | None = None
     passes: Counter[str] = field(default_factory=Counter)

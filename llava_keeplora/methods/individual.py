@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas
+from llava_keeplora.coerce import coerce_fields
 from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.base import Holding, Method, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.registries import METHODS
@@ -169,6 +170,7 @@ def make_inner(name: str, settings: Mapping[str, Any]) -> Method:
 
     Raises:
         MethodError: it is not built in, not one of updates of adapters, or does not have the settings.
+        ConfigError: a setting has a value of a wrong type.
     """
     if METHODS.is_plugin(name):  # A state from elsewhere must not bring code along in a setting.
         raise MethodError(f"of is '{name}', which is no built-in method", nearest(name, list(METHODS)))
@@ -187,7 +189,7 @@ def make_inner(name: str, settings: Mapping[str, Any]) -> Method:
     known = {option.name for option in dataclasses.fields(cls.Options)}
     if unknown := next((key for key in settings if key not in known), None):
         raise MethodError(f"settings has '{unknown}', which '{name}' does not have", _cure(unknown, known))
-    inner = cls(cls.Options(**settings))
+    inner = cls(cls.Options(**coerce_fields(cls.Options, settings, "settings")))
     if not inner.mergeable:
         raise MethodError(
             f"of is '{name}' with rejection, which tells learned tasks apart from others, and each is alone",

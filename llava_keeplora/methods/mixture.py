@@ -20,7 +20,7 @@ class Mixture:
 
     Args:
         sources: (n,), int64: the task of each example, counted from 1; 0 for a method's general data.
-        rows: (n,), int64: its position in the training data of that task.
+        rows: (n,), int64: its position among that task's training examples, as the model takes them.
         sizes: (S,), int64: number of examples of each step.
     """
 
@@ -29,10 +29,13 @@ class Mixture:
     sizes: Tensor
 
 
-def draw_passes(examples: int, count: int, generator: torch.Generator) -> Tensor:
-    """Return `count` positions of `examples`, pass after pass over all of them, each in a new order."""
-    passes = -(-count // examples) if count else 0
-    orders = [torch.randperm(examples, generator=generator) for _ in range(passes)]
+def draw_passes(examples: int, count: int, generator: torch.Generator, per_pass: int | None = None) -> Tensor:
+    """Return `count` positions of `examples`, pass after pass over all of them, each in a new order.
+
+    A pass ends after the first `per_pass` of its order, where they are given.
+    """
+    passes = -(-count // (per_pass or examples)) if count else 0
+    orders = [torch.randperm(examples, generator=generator)[:per_pass] for _ in range(passes)]
     return torch.cat(orders)[:count] if orders else torch.empty(0, dtype=torch.long)
 
 
@@ -41,8 +44,8 @@ def own_sizes(budget: Budget) -> Tensor:
 
     The last step of a pass over the data has what is left of them.
     """
-    starts = torch.arange(budget.steps) % max(1, -(-budget.examples // budget.batch)) * budget.batch
-    return torch.clamp(budget.examples - starts, max=budget.batch)
+    starts = torch.arange(budget.steps) % max(1, -(-budget.per_pass // budget.batch)) * budget.batch
+    return torch.clamp(budget.per_pass - starts, max=budget.batch)
 
 
 def draw_pool(pool: Sequence[tuple[int, int]], budget: Budget, seed: int) -> Mixture:
@@ -66,7 +69,7 @@ def mix_tasks(budgets: Sequence[Budget], seed: int) -> Mixture:
     of x comes at the time (j + u) / x, with u uniform in [0, 1).
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = [draw_passes(task.examples, task.seen, generator) for task in budgets]
+    rows = [draw_passes(task.examples, task.seen, generator, task.per_pass) for task in budgets]
     times = [
         (torch.arange(len(drawn)) + torch.rand(len(drawn), generator=generator, dtype=torch.float64))
         / max(1, len(drawn))
@@ -87,13 +90,14 @@ def add_examples(
     Args:
         task: the task, counted from 1.
         budget: what its training takes alone; the number of steps stays.
-        added: (pool of (source, row), how many of it are added per example of the task). A pool is drawn pass
-            after pass over all of it, each in a new order; the numbers are met over all steps together.
+        added: (pool of (source, row) as in `Mixture`, how many of it are added per example of the task). A
+            pool is drawn pass after pass over all of it, each in a new order; the numbers are met over all
+            steps together.
         seed: seed of the order.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = own_sizes(budget)
-    own = draw_passes(budget.examples, int(sizes.sum()), generator)
+    own = draw_passes(budget.examples, int(sizes.sum()), generator, budget.per_pass)
     # Per step, the task's own examples and then those of each pool.
     streams, per_step = [torch.stack([torch.full_like(own, task), own], dim=1)], [sizes]
     for pool, ratio in added:

@@ -91,6 +91,8 @@ class Replay(SequentialLora):
                         f"{name} must not be negative, and must be finite (got {getattr(self, name)})",
                         "set it to 1, for as many as the task's own",
                     )
+            if self.general is not None and not self.general.strip():
+                raise MethodError("general is empty", "name a recipe, or leave it out for no general data")
             check_effect(self, ("share",), "examples", None)
             check_effect(self, ("general_examples", "general_ratio"), "general")
 
@@ -122,8 +124,12 @@ class Replay(SequentialLora):
         return add_examples(ctx.index, ctx.budgets[ctx.index - 1], added, ctx.seed)
 
     def _pool(self, ctx: TaskContext, source: int) -> list[tuple[int, int]]:
-        """Return (source, row) of the examples that are kept of a task, or for 0 of the general data."""
-        return [(source, row) for row in self._kept.rows(ctx, source)]
+        """Return (source, example), as in `Mixture`, of what is kept of a task; 0 is the general data."""
+        kept = set(self._kept.rows(ctx, source))
+        if not kept:
+            return []
+        assert ctx.learned_rows is not None
+        return [(source, example) for example, row in enumerate(ctx.learned_rows(source)) if row in kept]
 
     def after_task(self, ctx: TaskContext) -> None:
         """Draw the examples that are kept of the task; with `ctx.index` 0, of the general data."""

@@ -50,10 +50,14 @@ class Prepared:
 class Inputs(Protocol):
     """One split of a task as the model trains on it, by index.
 
-    `weights[i]` is how much an example counts in the mean loss: 1, or its number of supervised tokens.
+    Attributes:
+        weights: how much each example counts in the mean loss: 1, or its number of supervised tokens.
+        rows: each example's row in the split; several have one where an image is learned with several
+            captions.
     """
 
     weights: Sequence[int]
+    rows: Sequence[int]
 
     def __len__(self) -> int: ...
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:

@@ -26,7 +26,8 @@ class ClipInputs:
     """Images and labels of a split; see `Inputs`."""
 
     def __init__(self, data: TaskData, images: Images):
-        self.data, self.images, self.weights = data, images, [1] * len(data)
+        self.data, self.images = data, images
+        self.weights, self.rows = [1] * len(data), range(len(data))
 
     def __len__(self) -> int:
         return len(self.data)

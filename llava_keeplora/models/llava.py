@@ -270,6 +270,7 @@ class LlavaInputs:
         self.turns = preparation.learn(data)
         # The first token is never predicted, and it never belongs to an answer.
         self.weights = [turn.learned for turn in self.turns]
+        self.rows = [turn.row for turn in self.turns]
 
     def __len__(self) -> int:
         return len(self.turns)
@@ -277,7 +278,7 @@ class LlavaInputs:
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return a batch, padded on the right; see `collate_turns`."""
         turns = [self.turns[i] for i in indices]
-        return collate_turns(turns, self.images.take([turn.row for turn in turns]), self.pad_id)
+        return collate_turns(turns, self.images.take([self.rows[i] for i in indices]), self.pad_id)
 
 
 class LlavaTask(TaskModel):

@@ -59,6 +59,7 @@ def task_context(state: MethodState, index: int, stage: Stage) -> TaskContext:
         choose=functools.partial(auto_energy.choose_energy_weight, context, state.layers),
         own_answers=functools.partial(own_answers, state, index),
         data=state.training_data,
+        learned_rows=lambda source: state.training_inputs(source).rows,
         budgets=state.budgets(),
         passes=state.passes,
     )

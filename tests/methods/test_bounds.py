@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from llava_keeplora.adapters import load_deltas
-from llava_keeplora.errors import ConfigError, MethodError, RunError
+from llava_keeplora.errors import ConfigError, MethodError, RunError, UserError
 from llava_keeplora.export.inspect_state import inspect_state
 from llava_keeplora.export.predict import load_run_predictor
 from llava_keeplora.export.run_export import export_run
@@ -108,11 +108,25 @@ def test_individual_of_another_method_learns_every_task_as_that_ones_first(finis
             "'gradients', which 'keeplora' does not have",
         ),
         ({"of": "lwf", "settings": {"temperature": 0.0}}, "temperature must be above 0"),
+        (
+            {"of": "lwf", "settings": {"temperature": True}},
+            "settings.temperature is True, but it takes float",
+        ),
+        ({"of": "lwf", "settings": {"strength": None}}, "settings.strength is None, but it takes float"),
+        ({"of": "keeplora", "settings": {"init": 3}}, "settings.init is 3, but it takes str"),
     ],
 )
-def test_a_method_of_which_no_task_stands_alone_and_unknown_settings_are_refused(options, why):
-    with pytest.raises(MethodError, match=why):
+def test_a_method_of_which_no_task_stands_alone_and_settings_it_does_not_take_are_refused(options, why):
+    with pytest.raises(UserError, match=why):
         METHODS["individual"].Options(**options)
+
+
+@pytest.mark.parametrize("off", [False, "no", "off"])
+def test_settings_are_read_as_the_options_of_a_row_are(off):
+    cls = METHODS["individual"]
+    row = cls(cls.Options(of="keeplora", settings={"protect_weights": off, "interpolation": "0.5"}))
+    assert row.inner.options.protect_weights is False and row.inner.interpolation == 0.5
+    assert not row.subspace_plan().protects_weights
 
 
 def test_a_plan_proposes_no_setting_that_the_row_does_not_have():

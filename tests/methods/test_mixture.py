@@ -42,6 +42,28 @@ def test_a_limit_of_steps_repeats_a_task_and_part_of_a_pass_is_seen():
     assert len(mix_tasks([limited], 0).sources) == 18
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_what_a_pass_drops_is_other_examples_each_time_and_as_many_as_the_trainer_drops(epochs):
+    training = {
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": 5,
+        "dataloader_drop_last": True,
+    }
+    budgets = [Budget.of(training, size, 1) for size in (12, 9)]
+    assert [(task.seen, task.steps, task.repeats) for task in budgets] == [
+        (10 * epochs, 2 * epochs, epochs > 1),
+        (5 * epochs, epochs, epochs > 1),
+    ]
+    joint, replayed = mix_tasks(budgets, 0), add_examples(1, budgets[0], [([(0, 0)], 1.0)], 0)
+    assert joint.sources.tolist().count(1) == 10 * epochs and joint.sources.tolist().count(2) == 5 * epochs
+    assert int(joint.sizes.sum()) == 15 * epochs and len(joint.sizes) == 3 * epochs
+    for mixture in (joint, replayed):
+        own = Counter(row for source, row in pairs(mixture) if source == 1)
+        assert sum(own.values()) == 10 * epochs and max(own.values()) <= epochs
+        assert len(own) == 10 if epochs == 1 else len(own) > 10
+    assert own_sizes(budgets[0]).tolist() == [5, 5] * epochs
+
+
 def test_added_examples_keep_the_steps_and_meet_the_ratio_over_all_of_them():
     budget = Budget(10, 4, 6)
     pool = [(1, 7), (2, 3), (1, 9)]

@@ -1,10 +1,12 @@
 """Replay: what is kept, by id and bytes, and what is trained on again."""
 
 import json
+from collections import Counter
 
 import pytest
 from safetensors.torch import load_file
 
+from llava_keeplora.config import parse_config
 from llava_keeplora.errors import MethodError
 from llava_keeplora.export.inspect_state import inspect_state
 from llava_keeplora.journal import Journal
@@ -129,6 +131,30 @@ def test_later_tasks_see_kept_examples_alone_in_the_stated_ratio(finished, seen,
     )
 
 
+def test_of_images_with_several_captions_those_that_are_kept_are_replayed_with_each_caption(
+    llava_tree, mixed_tasks, driven, tmp_path, monkeypatch
+):
+    replayed = Counter()
+    made = mixed_data.MixedData.__init__
+
+    def watched(self, mixture, inputs, *args):
+        made(self, mixture, inputs, *args)
+        for source, example in zip(mixture.sources.tolist(), mixture.rows.tolist()):
+            if source == 1:
+                replayed[(inputs[1].turns[example].row, example)] += 1
+
+    monkeypatch.setattr(mixed_data.MixedData, "__init__", watched)
+    questions, captions, _ = mixed_tasks
+    tree = llava_tree(
+        tmp_path / "run", tasks=[str(captions), str(questions)], methods={"replay": {"examples": 5}}
+    )
+    folder = driven(parse_config(tree))
+    data = load_split(load_recipe(str(captions)), "train")
+    assert {len(data.answers[row]) for row, _ in replayed} == {2}
+    assert {data.ids[row] for row, _ in replayed} == set(kept(folder, "replay", 1)["ids"])
+    assert len(replayed) == 2 * 5, "five images, each with both captions"
+
+
 def test_while_nothing_is_added_it_is_sequential_lora_and_always_takes_as_many_steps(finished):
     def steps(label):
         return [
@@ -155,6 +181,8 @@ def test_its_state_is_one_that_an_import_takes(finished):
         ({"examples": 0}, "examples must be at least 1"),
         ({"ratio": -1.0}, "ratio must not be negative"),
         ({"general_ratio": float("inf")}, "general_ratio must not be negative, and must be finite"),
+        ({"general": ""}, "general is empty; name a recipe, or leave it out"),
+        ({"general": " "}, "general is empty"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(options, why):

@@ -28,19 +28,27 @@ def build(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...]
         ConfigError: for an unknown key, or a value of a wrong type or range.
     """
     check_keys(kind, tree, where, also)
-    hints = typing.get_type_hints(kind)
-    prefix = f"{where}." if where else ""
-    values = {}
+    values = coerce_fields(kind, tree, where)
+    try:
+        return kind(**values)
+    except UserError as error:
+        raise ConfigError(f"{where}{'.' if where else ''}{error.problem}", error.cure) from None
+
+
+def coerce_fields(kind: type, tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the values of a dataclass's fields, converted to their types; arguments as `build`.
+
+    Raises:
+        ConfigError: for a value of a wrong type, or of a wrong range in a section.
+    """
+    hints, prefix, values = typing.get_type_hints(kind), f"{where}." if where else "", {}
     for key, value in tree.items():
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             values[key] = build(hint, as_mapping(value, f"{prefix}{key}"), f"{prefix}{key}")
         else:
             values[key] = coerce_value(value, hint, f"{prefix}{key}")
-    try:
-        return kind(**values)
-    except UserError as error:
-        raise ConfigError(f"{prefix}{error.problem}", error.cure) from None
+    return values
 
 
 def check_keys(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> None:
