@@ -101,7 +101,9 @@ def load_ablation(
         }
     folder = table.output_dir
     folder = folder if output_dir else folder.with_name(f"{folder.name}-ablation")
-    return Ablation(Table(folder, table.run, methods, table.orders), method, sweeps, bounds)
+    others = tuple(label for label in table.other_budget if label in bounds)
+    ablated = Table(folder, table.run, methods, table.orders, other_budget=others)
+    return Ablation(ablated, method, sweeps, bounds)
 
 
 def _names(table: Table) -> dict[str, Any]:

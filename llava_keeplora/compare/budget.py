@@ -14,9 +14,8 @@ from typing import Any
 
 from llava_keeplora.compare.jobs import Job, make_job
 from llava_keeplora.compare.table import Table, merged
-from llava_keeplora.config import RunConfig, parse_config
+from llava_keeplora.config import RunConfig, make_method, parse_config
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.registries import METHODS
 from llava_keeplora.report.resources import other_budget, usual_budget
 from llava_keeplora.steps import Budget
 
@@ -78,7 +77,12 @@ def _check_order(where: str, jobs: Mapping[str, Job], sizes: dict[Any, int]) -> 
         return
     counts = {name: trained_examples(config, label, sizes) for name, (label, config) in configs.items()}
     usual = usual_budget(
-        counts, [name for name, (label, config) in configs.items() if _method(config, label).own_examples]
+        counts,
+        [
+            name
+            for name, (label, config) in configs.items()
+            if make_method(config.methods[label]).own_examples
+        ],
     )
     others = {name: count for name, count in counts.items() if other_budget(count, usual)}
     if others:
@@ -95,7 +99,7 @@ def _check_order(where: str, jobs: Mapping[str, Job], sizes: dict[Any, int]) -> 
 
 def _schedule(config: RunConfig, label: str) -> str:
     """Return a text that is equal for two rows only if both see as many examples, whatever the data are."""
-    method = _method(config, label)
+    method = make_method(config.methods[label])
     trainings = [{key: training.get(key) for key in SCHEDULE} for training in config.trainings(label)]
     added = None if method.own_examples else [label, config.methods[label].options]
     return json.dumps([trainings, added], default=str)
@@ -112,7 +116,7 @@ def trained_examples(config: RunConfig, label: str, sizes: dict[Any, int] | None
     Raises:
         RecipeError: the data of a task cannot be read.
     """
-    method = _method(config, label)
+    method = make_method(config.methods[label])
     if not method.trainable:
         return 0
     budgets = []
@@ -122,13 +126,6 @@ def trained_examples(config: RunConfig, label: str, sizes: dict[Any, int] | None
     further = [method.further_budget(index, budgets) if method.mixes else None for index in trained]
     own = sum(method.budget(index, budgets).seen for index in trained)
     return own + sum(budget.seen for budget in further if budget)
-
-
-def _method(config: RunConfig, label: str) -> Any:
-    """Return a row's method with its options."""
-    settings = config.methods[label]
-    cls = METHODS[settings.method]
-    return cls(cls.Options(**settings.options))
 
 
 def _sizes(config: RunConfig, sizes: dict[Any, int]) -> list[int]:

@@ -1,7 +1,13 @@
 """The configuration of a run: YAML is read into frozen records, and every unknown key is an error."""
 
 from llava_keeplora.coerce import SWITCHES, as_mapping, build
-from llava_keeplora.config.checks import check_adopting, check_full_finetuning, check_tasks, deepspeed_config
+from llava_keeplora.config.checks import (
+    check_adopting,
+    check_full_finetuning,
+    check_tasks,
+    deepspeed_config,
+    make_method,
+)
 from llava_keeplora.config.expected import ExpectedConfig
 from llava_keeplora.config.guard import ROLLBACK, STOP, GuardConfig, WatchConfig
 from llava_keeplora.config.idle_options import without_idle_options
@@ -89,6 +95,7 @@ __all__ = [
     "list_configs",
     "list_tables",
     "load_config",
+    "make_method",
     "only_methods",
     "parse_config",
     "parse_labels",

@@ -106,7 +106,7 @@ def check_adopting(config: RunConfig) -> None:
     """
     task = next((task for task, source in zip(config.tasks, config.adopted) if source), None)
     for label, method in config.methods.items() if task else ():
-        if not _made(method).adopts:
+        if not make_method(method).adopts:
             takers = ", ".join(name for name, cls in METHODS.items() if cls.adopts)
             raise ConfigError(
                 f"'{label}' cannot take over task '{load_recipe(task).name}', which was trained elsewhere",
@@ -122,12 +122,12 @@ def check_tasks(config: RunConfig) -> None:
     """
     for label, method in config.methods.items():
         try:
-            _made(method).check_tasks(len(config.tasks))
+            make_method(method).check_tasks(len(config.tasks))
         except MethodError as error:
             raise ConfigError(f"methods.{label}.{error.problem}", error.cure) from None
 
 
-def _made(method: MethodConfig) -> Any:
+def make_method(method: MethodConfig) -> Any:
     """Return a method with its settings, on which what it can do depends."""
     cls = METHODS[method.method]
     return cls(cls.Options(**method.options))
@@ -135,7 +135,7 @@ def _made(method: MethodConfig) -> Any:
 
 def _check_zero3(config: RunConfig) -> None:
     for label, method in config.methods.items():
-        if not (instance := _made(method)).supports_zero3:
+        if not (instance := make_method(method)).supports_zero3:
             raise ConfigError(
                 f"the DeepSpeed configuration has zero_optimization.stage 3, but '{label}' ({method.method}) "
                 f"{instance.zero3_conflict}",
@@ -150,7 +150,7 @@ def check_own_optimizer(config: RunConfig) -> None:
         ConfigError: naming the method and the setting.
     """
     for label, method in config.methods.items():
-        instance = _made(method)
+        instance = make_method(method)
         if not instance.own_optimizer:
             continue
         option, value = instance.default_optimizer or ("", "")

@@ -210,9 +210,10 @@ class EbLora(KeptFeatures):
         )
         left_out |= {name: "no room outside of earlier gradients" for name in bases if not free[name]}
         if not directions:
+            energies = "energy_weight or energy_feature" if self.options.protect_weights else "energy_feature"
             raise MethodError(
                 f"no adapted layer has a direction left for task '{ctx.name}'",
-                "lower energy_feature, or adapt more layers",
+                f"lower {energies}, or adapt more layers",
             )
         ctx.report["left_out"] = left_out
         inits = {}

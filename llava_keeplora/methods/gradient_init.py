@@ -76,8 +76,10 @@ def first_step_directions(
         naming: returns a context that adds the layer's name to errors raised inside it.
 
     Returns:
-        layer name → its directions, and layer name → why it has none.
+        layer name → its directions, and layer name → why it has none; no data are read for no layer.
     """
+    if not ranks:
+        return {}, {}
     reader = _DirectionsReader(ctx, ranks, bases, directions, naming)
     statistics: dict[str, Any] = {
         name: gradient_statistic(

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from llava_keeplora.adapters import is_quantised
-from llava_keeplora.config import MethodConfig, RunConfig, deepspeed_config
+from llava_keeplora.config import RunConfig, deepspeed_config, make_method
 from llava_keeplora.deepspeed_zero import loaded_whole
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import METHODS, Changed, Method, check_method
+from llava_keeplora.methods import Changed, check_method
 from llava_keeplora.models import DTYPES, Family, open_model
 from llava_keeplora.subspace import GradientSketch, sketch_width
 from llava_keeplora_eval.checkpoints import loading
@@ -189,12 +189,6 @@ def changed_layers(config: RunConfig, family: Family) -> dict[str, Changed]:
         label: check_method(label, make_method(method), method.parts, family)
         for label, method in config.methods.items()
     }
-
-
-def make_method(method: MethodConfig) -> Method:
-    """Return an instance of a method with its options."""
-    cls = METHODS[method.method]
-    return cls(cls.Options(**method.options))
 
 
 def _fits(config: RunConfig, gpu: bool, memory: int) -> bool:

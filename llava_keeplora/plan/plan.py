@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llava_keeplora.config import RunConfig, deepspeed_config
+from llava_keeplora.config import RunConfig, deepspeed_config, make_method
 from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.methods import Layer, Method
 from llava_keeplora.methods.layers import unsure_layers
@@ -19,7 +19,6 @@ from llava_keeplora.plan.machine import (
     changed_layers,
     find_machine,
     kept_bytes,
-    make_method,
     sketching,
     takes_whole_gradient,
 )

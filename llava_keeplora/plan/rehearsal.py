@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from llava_keeplora.adapters import AdapterInit, attach, detach
 from llava_keeplora.capture import autocast_dtype
-from llava_keeplora.config import MethodConfig, RunConfig
+from llava_keeplora.config import MethodConfig, RunConfig, make_method
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import Layer, TaskContext, find_layers
 from llava_keeplora.models import DTYPES, Family, Work, recomputes, repeated
 from llava_keeplora.plan.allocation_tracker import faked, metered
-from llava_keeplora.plan.machine import make_method, model_bytes
+from llava_keeplora.plan.machine import model_bytes
 from llava_keeplora.plan.sharding import Sharding
 from llava_keeplora_eval.llava import question_features
 from llava_keeplora_eval.predictors import image_features, prompt_features, to_dtype

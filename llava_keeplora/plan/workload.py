@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from llava_keeplora.config import RunConfig
+from llava_keeplora.config import RunConfig, make_method
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import Changed
 from llava_keeplora.models import Family, Prepared, Work
-from llava_keeplora.plan.machine import make_method
 from llava_keeplora.start import Task, check_run, load_task
 from llava_keeplora.start.reference_data import read_general, read_reference
 from llava_keeplora_eval.references import metric_of

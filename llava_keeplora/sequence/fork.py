@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_keeplora.config import RunConfig
+from llava_keeplora.config import RunConfig, make_method
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import translate_errors, whole_folder, write_bytes, write_json
 from llava_keeplora.journal import OUTCOMES, Entry, Journal, open_stages, rolled_back
@@ -32,6 +32,8 @@ from llava_keeplora_eval import Matrix
 
 def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
     """Copy a run's first tasks into a new run folder, as if the run had never had more.
+
+    What was learned together with later tasks, as by `joint`, is left open, to be learned again without them.
 
     Args:
         run: the run folder; its first `at_task` tasks must be finished.
@@ -64,6 +66,9 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
         label: _finished(old.label(label), at_task, len(kept), label != ZERO_SHOT, guarded)
         for label in labels
     }
+    for label, method in source.methods.items():
+        if not make_method(method).scored(at_task, len(kept)):
+            journals[label] = [entry for entry in journals[label] if entry.task < at_task]
     with translate_errors(into), whole_folder(into) as tmp_dir:
         new = Workspace(config, tmp_dir)
         for label, entries in journals.items():
@@ -126,8 +131,9 @@ def _copy(source: Path, target: Path, entries: Sequence[Entry], names: Sequence[
             name = entry.file(SCORES)
             scores = {task: score for task, score in read_record(target / name).items() if task in names}
             files[name] = write_json(target / name, scores)
+            row = len(names) if bound else entry.task
             for task, score in scores.items():
-                matrix.set_cell(entry.task - 1 if entry.task else None, task, score["score"])
+                matrix.set_cell(row - 1 if entry.task else None, task, score["score"])
         info = (
             entry.info | {"tasks": [task for task in entry.info["tasks"] if task["task"] in names]}
             if (entry.task, entry.stage) == PLAN

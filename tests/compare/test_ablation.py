@@ -72,8 +72,11 @@ def test_a_table_s_bounds_stay_beside_the_variants_and_are_lines_of_the_plot(con
     overrides = ["methods.alone={method: individual}", "methods.joint={}"]
     with here():
         ablation = load_ablation(str(config_file), {"energy_weight": [0.6]}, overrides=overrides)
+        longer = ["methods.joint.training.num_train_epochs=2", "other_budget=[joint]"]
+        uneven = load_ablation(str(config_file), {"energy_weight": [0.6]}, overrides=[*overrides, *longer])
     assert list(ablation.table.methods)[:3] == ["alone", "joint", "keeplora"]
     assert ablation.bounds == ("alone", "joint")
+    assert uneven.table.other_budget == ("joint",) and ablation.table.other_budget == ()
     swept = Matrix(["a", "b"], [10.0, 20.0], [[50.0, 30.0], [40.0, 60.0]])
     bound = Matrix(["a", "b"], [10.0, 20.0], [[None, None], [90.0, 80.0]])
     results = {"keeplora-energy-weight-0.6": [Trial(swept)], "joint": [Trial(bound)]}

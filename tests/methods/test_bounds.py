@@ -189,6 +189,21 @@ def test_of_one_task_a_bound_has_its_last_score_alone_as_of_several(finished, tm
     assert not matrix(tmp_path / "fork", "joint").started
 
 
+def test_a_fork_of_some_tasks_has_individuals_scores_in_its_last_row_and_learns_joint_again(
+    run_config, driven, tiny_tasks, tmp_path
+):
+    tasks, rows = [str(path) for path in tiny_tasks], {"individual": {}, "joint": {}}
+    whole = driven(run_config(tmp_path / "whole", methods=rows, tasks=tasks))
+    fork(whole, 2, tmp_path / "fork")
+    alone, individual = matrix(tmp_path / "fork", "individual"), matrix(whole, "individual")
+    assert alone.bound and alone.rows == [[None, None], individual.rows[2][:2]]
+    driven(load_run(tmp_path / "fork"))
+    fresh = driven(run_config(tmp_path / "fresh", methods=rows, tasks=tasks[:2]))
+    for label in rows:
+        assert matrix(tmp_path / "fork", label) == matrix(fresh, label)
+        assert matrix(fresh, label).metrics()["last"] is not None
+
+
 def test_both_bounds_train_on_as_many_examples_as_sequential_lora_and_say_what_they_need(finished):
     needs = {label: read_needs(finished / label) for label in METHODS_RUN}
     assert {need.examples for need in needs.values()} == {48}

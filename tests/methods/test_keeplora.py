@@ -230,6 +230,23 @@ def test_a_layer_without_a_gradient_is_named_and_left_out():
     assert set(inits) == {"layer"} and ctx.report["left_out"] == {"silent": "no gradient"}
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "cure"),
+    [
+        ("keeplora", {}, "lower energy_weight or energy_feature, or adapt"),
+        ("eblora", {}, "lower energy_feature, or adapt"),
+        ("eblora", {"protect_weights": True}, "lower energy_weight or energy_feature, or adapt"),
+    ],
+)
+def test_when_every_layer_is_full_the_task_is_refused_before_a_pass_over_its_data(name, options, cure):
+    cls = METHODS[name]
+    method, ctx = cls(cls.Options(**options)), layer_context(gradient=torch.randn(6, 10))
+    method.bases = {"layer": torch.eye(10)}
+    ctx.gradients = lambda *args, **kwargs: pytest.fail("no layer takes a gradient")
+    with pytest.raises(MethodError, match=f"no adapted layer has a direction left for task 't'; {cure}"):
+        method.init_adapters(ctx)
+
+
 def test_when_no_layer_has_a_gradient_the_task_is_refused():
     with pytest.raises(
         MethodError, match="no adapted layer has a direction left for task 't'; lower energy_weight"
