@@ -19,6 +19,7 @@ from llava_keeplora.run_folder import (
     CONSOLIDATED,
     INFO,
     PLAN,
+    PREDICTIONS,
     RETRIED,
     ROLLBACK,
     ROLLED_BACK,
@@ -122,6 +123,16 @@ def rolled_back(entries: Sequence[Entry]) -> list[str]:
     return [entry.info[ROLLED_BACK]["task"] for entry in entries if entry.stage == Stage.ROLLED_BACK]
 
 
+def learned_later(entries: Sequence[Entry]) -> set[int]:
+    """Return the tasks after which nothing is scored, as a later one's training learns them too (`joint`)."""
+    scored = {entry.task: entry for entry in entries if entry.task and entry.stage == Stage.EVALUATED}
+    return {
+        task
+        for task, entry in scored.items()
+        if not any(PurePosixPath(name).parent.name == PREDICTIONS for name in entry.files)
+    }
+
+
 def retried(entries: Sequence[Entry]) -> list[str]:
     """Return the names of the tasks that a method learns once more after a rollback, in order."""
     return [entry.info[RETRIED] for entry in entries if entry.stage == Stage.RETRIED]
@@ -212,6 +223,8 @@ class Journal:
         self.entries: list[Entry] = []
         #: The stages of whole updates of tasks that have a smaller one now, with the places of their files.
         self.superseded: list[Entry] = []
+        #: The stages of tasks that were rolled back, whose files are gone; for what they took.
+        self.undone: list[Entry] = []
         self._read()
 
     def _read(self) -> None:
@@ -237,7 +250,8 @@ class Journal:
 
     def forget(self) -> None:
         """Start over: the next append overwrites the file."""
-        self._complete_bytes, self.torn, self.entries, self.superseded = 0, False, [], []
+        self._complete_bytes, self.torn = 0, False
+        self.entries, self.superseded, self.undone = [], [], []
 
     @property
     def has_work(self) -> bool:
@@ -268,6 +282,8 @@ class Journal:
             return old.task == entry.task and old.stage in stages and old.stage != Stage.ROLLED_BACK
 
         gone = [old for old in self.entries if taken_back(old)]
+        if entry.stage == Stage.ROLLED_BACK:
+            self.undone += [*(old for old in self.superseded if taken_back(old)), *gone]
         self.entries = [*(old for old in self.entries if not taken_back(old)), entry]
         self.superseded = [old for old in self.superseded if not taken_back(old)]
         if entry.stage == Stage.RETRIED:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.journal import Entry, Journal, rolled_back
+from llava_keeplora.journal import Entry, Journal, learned_later, rolled_back
 from llava_keeplora.report.results import Needs, Results, mean, spread
 from llava_keeplora.run_folder import (
     CONSOLIDATED,
@@ -44,23 +45,26 @@ SAME_BUDGET = 0.01
 def read_needs(folder: Path) -> Needs:
     """Read the resources that a method took from its folder."""
     journal = Journal(folder / JOURNAL)
-    # The training of an update that became smaller took as much.
-    entries = [*journal.superseded, *journal.entries]
+    replaced = learned_later(journal.entries)
+    # The training of an update that became smaller, or was taken back, took as much.
+    entries = [
+        replace(entry, info=entry.info | {"examples": {}, "steps": 0})
+        if entry.stage == Stage.TRAINED and entry.task in replaced
+        else entry
+        for entry in [*journal.undone, *journal.superseded, *journal.entries]
+    ]
     # Of an adopted task nothing was trained here.
     trained = [entry for entry in entries if entry.stage == Stage.TRAINED]
     own = [entry for entry in trained if "trained_parameters" in entry.info]
-    # A task without a training of its own is learned by another one's, whose files are for both.
-    tasks = [(folder / entry.file(DELTA)).parent for entry in journal.entries if entry.stage == Stage.TRAINED]
-    general = _example_bytes(folder / task_folder(0, "base")) / max(1, len(tasks))
+    # A task without a training of its own is learned by another one's, whose files are for both, as are those
+    # of the base.
+    tasks = [entry for entry in journal.entries if entry.stage == Stage.TRAINED]
+    kept = [(folder / entry.file(DELTA)).parent for entry in tasks if entry.task not in replaced]
+    stored = sum(map(_stored_bytes, [folder / task_folder(0, "base"), *kept]))
     timed = [entry.info["test_seconds"] for entry in entries if "test_seconds" in entry.info]
     return Needs(
         mean(entry.info.get("trained_parameters") for entry in trained if entry.info.get("steps") != 0),
-        mean(
-            sum((task / name).stat().st_size for name in KEPT_FILES if (task / name).exists())
-            + _example_bytes(task)
-            + general
-            for task in tasks
-        ),
+        stored / len(tasks) if tasks else None,
         timed[-1]["learned"] - timed[-1]["untouched"] if timed else None,
         *_read_passes(entries, own),
         _read_inputs(entries),
@@ -68,10 +72,11 @@ def read_needs(folder: Path) -> Needs:
     )
 
 
-def _example_bytes(task: Path) -> int:
-    """Return the bytes of the examples that a method keeps of a task."""
+def _stored_bytes(task: Path) -> int:
+    """Return the bytes of what a method keeps of a task, or of the base: files, and examples in the data."""
+    files = sum((task / name).stat().st_size for name in KEPT_FILES if (task / name).exists())
     path = task / CONSOLIDATED
-    return read_record(path).get(EXAMPLES, {}).get("bytes", 0) if path.exists() else 0
+    return files + (read_record(path).get(EXAMPLES, {}).get("bytes", 0) if path.exists() else 0)
 
 
 def _planned_sizes(entries: Sequence[Entry]) -> list[int]:

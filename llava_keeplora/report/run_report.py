@@ -11,7 +11,7 @@ from typing import Any
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.guard.verdicts import read_marks
-from llava_keeplora.journal import Journal, rolled_back
+from llava_keeplora.journal import Journal, learned_later, rolled_back
 from llava_keeplora.registries import METHODS
 from llava_keeplora.report.adopted import adopted_lines
 from llava_keeplora.report.capacity import layer_lines
@@ -286,8 +286,12 @@ def read_results(run: Path) -> dict[str, Matrix]:
 
 def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
     """Read all results from a method's folder."""
-    gone = rolled_back(Journal(folder / JOURNAL).entries)
+    entries = Journal(folder / JOURNAL).entries
+    gone, later = rolled_back(entries), learned_later(entries)
     tasks = _folders(folder, matrix, gone)
+    own = [
+        path if place not in later else folder / ASIDE for place, path in enumerate(tasks.values(), start=1)
+    ]
     capacity = read_capacity(folder)
     return Trial(
         matrix=matrix,
@@ -296,7 +300,7 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
         folder=folder,
         capacity=capacity,
         captured=read_captured(folder, capacity),
-        overlap=overlap([path / DELTA for path in tasks.values()]),
+        overlap=overlap([path / DELTA for path in own]),
         losses={name: losses for name, path in tasks.items() if (losses := read_losses(path / TRAIN))},
         costs=read_costs(folder),
         needs=read_needs(folder),

@@ -1,5 +1,6 @@
 """The bounds: every task alone, and all tasks at once."""
 
+import dataclasses
 import json
 
 import pytest
@@ -16,7 +17,7 @@ from llava_keeplora.methods.individual import first_task
 from llava_keeplora.methods.mixture import mix_tasks
 from llava_keeplora.models import Prepared, load_model
 from llava_keeplora.report.resources import read_needs
-from llava_keeplora.report.run_report import write_run_report
+from llava_keeplora.report.run_report import read_trial, write_run_report
 from llava_keeplora.report.tables import summary_rows
 from llava_keeplora.saved_run import load_run, run_identity
 from llava_keeplora.sequence.data import stage_seed
@@ -217,12 +218,31 @@ def test_both_bounds_train_on_as_many_examples_as_sequential_lora_and_say_what_t
     }
     # One update is for both tasks: it is as large as one of theirs, and half of it is kept for each.
     joint, alone = needs["joint"], needs["seq-lora"]
-    updates = (finished / "joint").glob("task-0*/delta.safetensors")
+    (update,) = (finished / "joint").glob("task-02*/delta.safetensors")
     assert joint.trained == alone.trained
-    assert joint.kept_bytes == sum(path.stat().st_size for path in updates) / 2 < 0.6 * alone.kept_bytes
+    assert joint.kept_bytes == update.stat().st_size / 2 < 0.6 * alone.kept_bytes
+    # KeepLoRA's W_p is of the base, and later tasks need it.
+    kept = [*(finished / "keeplora").glob("task-*/*")]
+    kept = [path for path in kept if path.name in ("delta.safetensors", "state.safetensors")]
+    assert any("base" in path.parent.name for path in kept)
+    assert needs["keeplora"].kept_bytes == sum(path.stat().st_size for path in kept) / 2
     budgets = [Budget.of({"num_train_epochs": 1, "per_device_train_batch_size": 8}, 24, 1)] * 2
     joint = METHODS["joint"](METHODS["joint"].Options())
     assert [joint.budget(index, budgets).seen for index in (1, 2)] == [0, 48]
+
+
+def test_an_extended_joint_takes_what_one_of_all_tasks_takes_and_its_first_update_overlaps_with_none(
+    run_config, driven, tiny_tasks, tmp_path
+):
+    tasks, rows = [str(path) for path in tiny_tasks], {"joint": {}}
+    whole = driven(run_config(tmp_path / "whole", methods=rows, tasks=tasks)) / "joint"
+    for count in (2, 3):
+        longer = driven(run_config(tmp_path / "longer", methods=rows, tasks=tasks[:count])) / "joint"
+    first, second = read_needs(longer), read_needs(whole)
+    assert dataclasses.replace(first, test_seconds=None) == dataclasses.replace(second, test_seconds=None)
+    assert (first.examples, first.training_passes) == (72, 1)
+    trial = read_trial(longer, Matrix.from_json(longer / "matrix.json"), 0, "longer")
+    assert trial.overlap is None
 
 
 def test_joint_exports_nothing_before_its_last_task(finished, tmp_path):

@@ -60,6 +60,17 @@ def test_passes_are_counted_per_training_example_of_the_tasks(tmp_path):
     assert row == ["m", "7", "1.0", "500.00", "110", "2.75", "3.25", "old examples"]
 
 
+def test_what_was_rolled_back_was_trained_on_and_nothing_of_it_is_kept(tmp_path):
+    whole = write_journal(tmp_path, [{"1": 10}, {"2": 30}])
+    record = {"task": "t30", "folder": "task-02-t", "aside": "rolled-back/task-02-t"}
+    with open(tmp_path / "journal.jsonl", "a") as file:
+        entry = {"task": 2, "stage": "ROLLED_BACK", "info": {"rolled_back": record}}
+        file.write(json.dumps(entry) + "\n")
+    needs = read_needs(tmp_path)
+    assert (needs.examples, needs.training_passes) == (whole.examples, 1.0) == (40, 1.0)
+    assert whole.kept_bytes == needs.kept_bytes == 1000, "over one task instead of two"
+
+
 @pytest.mark.parametrize(
     ("settings", "inputs"),
     [
