@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava_keeplora.cli.arguments import (
@@ -142,18 +143,28 @@ def run_reproduce(args: argparse.Namespace) -> None:
 
 
 def _as_written(args: argparse.Namespace) -> RunConfig | None:
-    """Return the configuration without the command line's settings; None if it is not whole without them."""
+    """Return the configuration without the command line's settings, but for those that make it whole.
+
+    None if none of them does.
+    """
     from llava_keeplora.config import load_config
     from llava_keeplora.errors import ConfigError
     from llava_keeplora_recipes import load_recipes
     from llava_keeplora_recipes.errors import RecipeError
 
-    try:
-        written = load_config(args.config, methods=args.methods)
-        load_recipes(written.tasks)
-    except (ConfigError, RecipeError):
-        return None
-    return written
+    def load(overrides: Sequence[str]) -> RunConfig | None:
+        try:
+            written = load_config(args.config, overrides, methods=args.methods)
+            load_recipes(written.tasks)
+        except (ConfigError, RecipeError):
+            return None
+        return written
+
+    needed = list(args.overrides)
+    for override in args.overrides:
+        others = [other for other in needed if other != override]
+        needed = others if load(others) else needed
+    return load(needed)
 
 
 def run_compare(args: argparse.Namespace) -> int:

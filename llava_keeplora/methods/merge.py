@@ -142,6 +142,11 @@ class Merge(SequentialLora):
         factor = self.options.alpha if self.options.rule == WISE_FT else 1 / max(len(deltas), 1)
         return [scale_deltas(task, factor) for task in deltas]
 
+    def check_tasks(self, count: int) -> None:
+        """Check that ConDU's router can name every task."""
+        if self.router:
+            self.router.check_tasks(count)
+
     def after_task(self, ctx: TaskContext) -> None:
         """Compute the task's prototypes, if they route."""
         if self.router:

@@ -196,6 +196,19 @@ class ModelRouter:
         return [read_letter(answer, len(self.recipes)) for answer in answers]
 
 
+def check_letters(tasks: int) -> None:
+    """Check that there is a letter for every task.
+
+    Raises:
+        MethodError: there is none.
+    """
+    if tasks > len(LETTERS):
+        raise MethodError(
+            f"routing is 'model', which names {tasks} tasks by {len(LETTERS)} letters",
+            "set it to 'prototypes'",
+        )
+
+
 def routing_question(recipe: Recipe, question: str | None, recipes: Sequence[Recipe]) -> str:
     """Return the question which of the tasks a question is of.
 
@@ -205,13 +218,9 @@ def routing_question(recipe: Recipe, question: str | None, recipes: Sequence[Rec
         recipes: the tasks to choose from, each described by its name and its recipe's description.
 
     Raises:
-        MethodError: there are more tasks than letters.
+        MethodError: see `check_letters`.
     """
-    if len(recipes) > len(LETTERS):
-        raise MethodError(
-            f"{len(recipes)} tasks are learned, and routing 'model' names them by {len(LETTERS)} letters",
-            "set routing to 'prototypes'",
-        )
+    check_letters(len(recipes))
     experts = "\n".join(
         f"{letter}: {' '.join(filter(None, [other.name + '.', other.description]))}"
         for letter, other in zip(LETTERS, recipes)

@@ -145,6 +145,10 @@ class TaskLora(SequentialLora):
         self.answers_from_files = self.router.answers_from_files
         self.info = self.router.described(self.info, "A and B of the chosen task", "A and B of every task")
 
+    def check_tasks(self, count: int) -> None:
+        """Check that the router can name every task."""
+        self.router.check_tasks(count)
+
     def after_task(self, ctx: TaskContext) -> None:
         """Compute the task's prototypes, or train the router."""
         self.router.after_task(ctx)

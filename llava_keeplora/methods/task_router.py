@@ -11,7 +11,7 @@ from torch import Tensor
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import AnswerContext, Holding, MethodInfo, TaskContext
 from llava_keeplora.methods.info import check_effect
-from llava_keeplora.methods.model_router import ModelRouter, RouterLora, RouterTraining
+from llava_keeplora.methods.model_router import ModelRouter, RouterLora, RouterTraining, check_letters
 from llava_keeplora.methods.prototypes import Prototypes, check_rejection
 from llava_keeplora.methods.switching import BASE
 from llava_keeplora.run_folder import Stage
@@ -68,6 +68,11 @@ class TaskRouter:
             extra_parameters=parameters,
             kept=kept,
         )
+
+    def check_tasks(self, count: int) -> None:
+        """Check that the router can name every task of a run; see `check_letters`."""
+        if self.routing == MODEL:
+            check_letters(count)
 
     def after_task(self, ctx: TaskContext) -> None:
         """Compute the task's prototypes, or train the router; the model must be the untouched base."""

@@ -12,6 +12,8 @@ from llava_keeplora.files import write_json
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.matrix import format_number
 
+#: Far below a digit that is published or measured.
+ROUNDING = 1e-9
 REPRODUCED, NOT_REPRODUCED, NOT_COMPARABLE = VERDICTS = ("reproduced", "not reproduced", "not comparable")
 
 
@@ -45,11 +47,24 @@ class Figure:
         """One of `VERDICTS`; a figure that the run does not have is not comparable."""
         if self.reasons or self.difference is None:
             return NOT_COMPARABLE
-        return REPRODUCED if abs(self.difference) <= self.tolerance else NOT_REPRODUCED
+        # Figures are published in decimals, whose difference floats round.
+        return REPRODUCED if abs(self.difference) <= self.tolerance + ROUNDING else NOT_REPRODUCED
+
+    @property
+    def cells(self) -> list[str]:
+        """The published figure, the measured one, their difference and the tolerance.
+
+        Each with as many digits as the published figure and the tolerance have, and at least one.
+        """
+        digits = max(
+            1, *(len(f"{n:.6f}".rstrip("0").partition(".")[2]) for n in (self.published, self.tolerance))
+        )
+        numbers = (self.published, self.measured, self.difference, self.tolerance)
+        return [format_number(number, digits) for number in numbers]
 
     def __str__(self) -> str:
-        measured = format_number(self.measured)
-        return f"{self.row}, {self.name}: {measured} instead of {self.published} ± {self.tolerance}"
+        published, measured, _, tolerance = self.cells
+        return f"{self.row}, {self.name}: {measured} instead of {published} ± {tolerance}"
 
 
 def compare(
@@ -103,8 +118,7 @@ def comparison(figures: Sequence[Figure], expected: Mapping[str, ExpectedConfig]
         ["---", "---", "---:", "---:", "---:", "---:", "---"],
     ]
     for f in figures:
-        numbers = (f.published, f.measured, f.difference, f.tolerance)
-        rows.append([f.row, f.name, *map(format_number, numbers), f.verdict])
+        rows.append([f.row, f.name, *f.cells, f.verdict])
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
     notes = "".join(f"{label}: {_note(figures, label, row)}\n" for label, row in expected.items())
     total = ", ".join(f"{count} {verdict}" for verdict, count in count_verdicts(figures).items())

@@ -245,7 +245,44 @@ def test_a_configuration_whose_recipes_are_not_there_is_not_whole(tmp_path):
     path = tmp_path / "own.yaml"
     for task, whole in (("digits", True), (str(tmp_path / "nothing.yaml"), False)):
         path.write_text(json.dumps({"tasks": [task], "methods": {"seq-lora": {}}}))
-        assert (_as_written(SimpleNamespace(config=str(path), methods=None)) is not None) == whole
+        args = SimpleNamespace(config=str(path), methods=None, overrides=[])
+        assert (_as_written(args) is not None) == whole
+
+
+def test_of_a_configuration_that_is_not_whole_alone_what_makes_it_whole_alone_is_taken_from_the_command_line(
+    tmp_path,
+):
+    path, row = tmp_path / "own.yaml", SOURCE | {"figures": {"last": 50.0}}
+    training = {"learning_rate": 0.01}
+    path.write_text(
+        json.dumps({"methods": {"seq-lora": {}}, "expected": {"seq-lora": row}, "training": training})
+    )
+    given = ["tasks=[digits, shapes]", "training.learning_rate=0.5"]
+    written = _as_written(SimpleNamespace(config=str(path), methods=None, overrides=given))
+    assert list(written.tasks) == ["digits", "shapes"] and written.training["learning_rate"] == 0.01
+    (reason,) = differences(load_config(str(path), given), Measured(), written)["seq-lora"]
+    assert "learning_rate" in reason
+
+
+@pytest.mark.parametrize(
+    ("published", "measured", "tolerance", "shown", "verdict"),
+    [
+        (91.67, 91.62, 0.05, ["91.67", "91.62", "-0.05", "0.05"], REPRODUCED),
+        (0.6, 1.1, 0.5, ["0.6", "1.1", "0.5", "0.5"], REPRODUCED),
+        (61.7, 61.72, 1.0, ["61.7", "61.7", "0.0", "1.0"], REPRODUCED),
+        (91.67, 91.61, 0.05, ["91.67", "91.61", "-0.06", "0.05"], NOT_REPRODUCED),
+    ],
+)
+def test_figures_are_shown_with_the_digits_that_the_verdict_is_about(
+    published, measured, tolerance, shown, verdict
+):
+    matrix = Matrix(["digits"], [1.0], [[measured]])
+    row = {"figures": {"last": published}, "tolerance": tolerance}
+    rows = expected(seq_lora=row)
+    (figure,) = compare({"seq-lora": matrix}, rows)
+    assert (figure.cells, figure.verdict) == (shown, verdict)
+    assert f"| {' | '.join([*shown, verdict])} |" in comparison([figure], rows)
+    assert str(figure) == f"seq-lora, last: {shown[1]} instead of {shown[0]} ± {shown[3]}"
 
 
 def test_the_test_batches_of_a_row_whose_routes_depend_on_them_are_compared():

@@ -336,8 +336,24 @@ def test_the_model_is_asked_with_every_task_that_is_learned(mixed_tasks):
     assert f"\nA: {recipes[0].name}." in asked[0].question and f"\nB: {recipes[1].name}." in asked[0].question
     assert "What color?" in asked[0].question and asked[0].images == data[0].images
     assert router.choose(object(), dataclasses.replace(ctx, recipes=recipes[:1]))([data[0]]) == [0]
-    with pytest.raises(MethodError, match="27 tasks are learned.*26 letters.*'prototypes'"):
+    with pytest.raises(MethodError, match="routing is 'model'.*27 tasks by 26 letters.*'prototypes'"):
         router.choose(object(), dataclasses.replace(ctx, recipes=recipes[:1] * 27))([data[0]])
+
+
+@pytest.mark.parametrize("row", [{"method": "task-lora"}, {"method": "merge", "rule": "condu"}])
+def test_more_tasks_than_the_model_has_letters_for_are_refused_before_the_first_is_learned(
+    llava_tree, tmp_path, row
+):
+    tasks = []
+    for number in range(27):
+        tasks.append(tmp_path / f"t{number}.yaml")
+        tasks[-1].write_text(json.dumps({"extends": "digits", "name": f"t{number}"}))
+    tree = llava_tree(tmp_path / "run", methods={"row": row | {"routing": "model"}})
+    tree["tasks"] = [str(task) for task in tasks]
+    with pytest.raises(ConfigError, match="methods.row.routing is 'model'.*27 tasks by 26 letters"):
+        parse_config(tree)
+    tree["tasks"].pop()
+    parse_config(tree)
 
 
 @pytest.mark.parametrize(
