@@ -57,7 +57,7 @@ def check_method(label: str, method: Method, parts: Mapping[str, Any], family: A
     if method.keeps_features and (why := family.unsupported.get("keeps_features")):
         raise ConfigError(
             f"'{label}' keeps image features, and {family.path}, a {model_type(family)}, {why}",
-            f"set distillation to 0, or preset to 'paper', in methods.{label}",
+            f"set distillation to 0 in methods.{label}",
         )
     changed = find_changed(type(method), parts, family)
     method.check(changed.adapted)
