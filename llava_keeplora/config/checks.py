@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_keeplora.coerce import as_mapping
 from llava_keeplora.config.schema import MethodConfig, RunConfig
@@ -12,6 +12,9 @@ from llava_keeplora.config.training_args import read_deepspeed
 from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.registries import METHODS
 from llava_keeplora_recipes import load_recipe
+
+if TYPE_CHECKING:
+    from llava_keeplora.methods import Method
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any] | None:
@@ -127,7 +130,7 @@ def check_tasks(config: RunConfig) -> None:
             raise ConfigError(f"methods.{label}.{error.problem}", error.cure) from None
 
 
-def make_method(method: MethodConfig) -> Any:
+def make_method(method: MethodConfig) -> Method:
     """Return a method with its settings, on which what it can do depends."""
     cls = METHODS[method.method]
     return cls(cls.Options(**method.options))
