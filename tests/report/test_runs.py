@@ -151,12 +151,12 @@ def test_the_report_says_what_every_method_asked_for(seeds, one):
         assert int(trained) == sum(numbers)
         sizes = [
             path.stat().st_size
-            for folder in folders
+            for folder in [*folders, *(seeds[0] / label).glob("task-00-*")]
             for path in folder.glob("*.safetensors")
             if path.stem in ("delta", "state")
         ]
         assert float(kept) == pytest.approx(sum(sizes) / 3 / 1e3, abs=0.05) and len(sizes) == (
-            3 if label == "seq-lora" else 6
+            3 if label == "seq-lora" else 7  # W_p is of the base.
         )
         closed = [
             entry["info"]
