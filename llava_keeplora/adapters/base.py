@@ -6,7 +6,8 @@ Legend: in / out features of a layer, R the ranks of all deltas together.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,23 @@ class BaseWeights:
         deltas = list(deltas)
         for name, layer in self._layers.items():
             layer.carry([task[name] for task in deltas if name in task])
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Take off what the layers carry while the block runs; afterwards they carry the same, bit for bit.
+
+        It takes as long however many tasks' deltas they carry, and the memory of one layer.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for layer in self._layers.values():
+            layer.swap()
 
     @torch.no_grad()
     def copy_of(self, model: nn.Module) -> nn.Module:
@@ -102,6 +120,14 @@ class _Summed:
         for name, total in totals.items():
             self.module.get_parameter(name).copy_(total)
 
+    def swap(self) -> None:
+        """Exchange the parameters and the base's; in between, `base` holds what was learned."""
+        for name, base in self.base.items():
+            parameter = self.module.get_parameter(name)
+            carried = parameter.detach().to("cpu", copy=True)
+            parameter.copy_(base)
+            base.copy_(carried)
+
 
 class _Stacked:
     """A linear layer whose deltas are added to its output."""
@@ -109,11 +135,21 @@ class _Stacked:
     def __init__(self, layer: nn.Linear):
         self.layer = layer
         self._handle: RemovableHandle | None = None
+        #: Adds what the layer carries to its output; None for nothing.
+        self._add: Callable[..., Tensor] | None = None
+
+    def swap(self) -> None:
+        """Stop adding what the layer carries, or add it again."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        elif self._add is not None:
+            self._handle = self.layer.register_forward_hook(self._add)
 
     def carry(self, changes: Sequence[Delta | FullDelta]) -> None:
         if self._handle is not None:
             self._handle.remove()
-            self._handle = None
+        self._handle = self._add = None
         device = self.layer.weight.device
         full = [change for change in changes if isinstance(change, FullDelta)]
         weight = sum(change.parameters["weight"].to(device) for change in full) if full else None
@@ -137,4 +173,5 @@ class _Stacked:
             return output
 
         if changes:
+            self._add = add
             self._handle = self.layer.register_forward_hook(add)

@@ -13,15 +13,13 @@ for one that it answers), and prototypes, so that the result is no longer one se
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from llava_keeplora.adapters import BaseWeights, Deltas
 from llava_keeplora.methods.base import AnswerContext, Holding, TaskContext
 from llava_keeplora.methods.protecting import ProtectingMethod
 from llava_keeplora.methods.prototypes import Prototypes
@@ -70,7 +68,7 @@ class RejectingMethod(ProtectingMethod):
         """Add a finished task's prototypes, if examples are rejected; at the end of `after_task`."""
         if ctx.index and self.prototypes.rejection:
             assert ctx.weights is not None
-            with untouched(ctx.weights(), self.combine(ctx.deltas())):
+            with ctx.weights().untouched():
                 self.prototypes.learn(ctx)
 
     def load_prototypes(self, states: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -87,11 +85,6 @@ class RejectingMethod(ProtectingMethod):
         """Return the prototypes that a task's state holds."""
         return self.prototypes.holds() if ctx.index and self.prototypes.rejection else {}
 
-    def answer_bytes(self, dense: Mapping[str, int], delta: int, tasks: int) -> tuple[int, int]:
-        """Return the bytes of every task's update, which is put back after the base has answered."""
-        kept, answering = super().answer_bytes(dense, delta, tasks)
-        return kept, answering + (tasks * delta if self.prototypes.rejection else 0)
-
     def predictor_of(self, predictor: Predictor, ctx: AnswerContext) -> Predictor:
         """Return the method's predictor, or one that leaves to the base what it rejects."""
         if not self.prototypes.rejection:
@@ -99,11 +92,7 @@ class RejectingMethod(ProtectingMethod):
         # Each has what it caches of the weights for itself.
         base, merged = copy.copy(predictor), super().predictor_of(copy.copy(predictor), ctx)
         return RejectingPredictor(
-            base,
-            merged,
-            ctx.learned,
-            self.prototypes.router(predictor),
-            partial(untouched, ctx.weights, self.combine(ctx.deltas())),
+            base, merged, ctx.learned, self.prototypes.router(predictor), ctx.weights.untouched
         )
 
 
@@ -145,18 +134,3 @@ class RejectingPredictor:
             answer(self.base, [row for row, task in enumerate(chosen) if task == BASE])
         answer(self.merged, [row for row, task in enumerate(chosen) if task != BASE])
         return answers
-
-
-@contextmanager
-def untouched(weights: BaseWeights, deltas: Sequence[Deltas]) -> Iterator[None]:
-    """Take what was learned off the weights while the block runs.
-
-    Args:
-        weights: of every layer that was changed.
-        deltas: what they carry.
-    """
-    weights.apply([])
-    try:
-        yield
-    finally:
-        weights.apply(deltas)

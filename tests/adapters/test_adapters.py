@@ -201,3 +201,30 @@ def test_tensors_are_read_to_where_fresh_ones_are_so_that_a_resumed_run_rounds_a
         assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
         found = [*read.values(), deltas["d"].A, deltas["d"].B]
         assert {tensor.data_ptr() % 64 for tensor in found} == {fresh}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_untouched_weights_are_the_bases_in_the_block_and_carry_the_same_after_it_also_after_an_error(
+    stacked, dtype
+):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 3).to(dtype), torch.randn(5, 4, dtype=dtype)
+    weights, base = BaseWeights({"a": layer}, stacked=stacked), layer(x)
+    deltas = [{"a": Delta(torch.randn(2, 4), torch.randn(3, 2), 0.5)} for _ in range(3)]
+    weights.apply(deltas)
+    carried = layer(x)
+    for _ in range(3):
+        with pytest.raises(KeyError), weights.untouched():
+            assert torch.equal(layer(x), base)
+            raise KeyError
+        assert torch.equal(layer(x), carried) and not torch.equal(carried, base)
+    weights.apply(deltas[:1])
+    one = layer(x)
+    with weights.untouched():
+        assert torch.equal(layer(x), base)
+    assert torch.equal(layer(x), one)
+    weights.apply([])
+    with weights.untouched():
+        assert torch.equal(layer(x), base)
+    assert torch.equal(layer(x), base)
