@@ -159,7 +159,10 @@ def main() -> None:
         parser.error(f"no bench called {', '.join(sorted(unknown))}; choose from {', '.join(BENCHES)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, median of {args.repeats}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {args.repeats} rounds "
+        f"({1 if args.quick else 3 * args.repeats} for pairs, 1 for basis-wide)"
+    )
     print(
         "| what | plain s | ours s | plain / ours | ours / plain | note |\n|---|---|---|---|---|---|",
         flush=True,

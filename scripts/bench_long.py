@@ -106,7 +106,7 @@ def main() -> None:
     )
     parser.add_argument("--tasks", type=int, default=30, help="number of tasks (default: 30)")
     args = parser.parse_args()
-    shown = sorted({max(1, args.tasks // 6), args.tasks // 2, args.tasks})
+    shown = sorted({max(1, args.tasks // 6), max(1, args.tasks // 2), args.tasks})
     rows: dict[str, list[str]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -8,7 +8,8 @@ of transformers' Trainer and PEFT (`plain_lora.py`), and `llava-keeplora train` 
 KeepLoRA, each with its score before and after. With `--released`, also two tasks (trashnet, signdigits): the
 released code (`released_tasks.py`) and KeepLoRA, with what their stages take. All take turns. Medians are
 printed, of wall time and of processor time of the process and its children, which other work on the machine
-affects less. `--python` names the interpreter that has the packages of the released code.
+affects less, and of the ratios within a turn, with their range. `--python` names the interpreter that has the
+packages of the released code.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -162,7 +164,10 @@ def add_stages(stages: dict[str, list[float]], taken: dict[str, float], whole: f
 
 
 def print_table(taken: dict[str, list[Usage]], base: str) -> None:
-    """Print medians, and ratios to one of the contenders, as a Markdown table."""
+    """Print medians, and ratios to one of the contenders, as a Markdown table.
+
+    A ratio is the median of those within a turn, with their range.
+    """
     medians = {name: median(usages) for name, usages in taken.items()}
     print(f"| | processor s | of {base}'s | wall s | of {base}'s | score before | after |\n|{'---|' * 7}")
     for name, usage in medians.items():
@@ -171,12 +176,18 @@ def print_table(taken: dict[str, list[Usage]], base: str) -> None:
             ", ".join(f"{score:.1f}" for score in (value if isinstance(value, list) else [value]))
             for value in (scores["zero_shot"], scores["last"])
         )
-        ratios = usage.cpu / medians[base].cpu, usage.wall / medians[base].wall
+        turns = list(zip(taken[name], taken[base], strict=True))
+        cpu = ratio([own.cpu / other.cpu for own, other in turns])
+        wall = ratio([own.wall / other.wall for own, other in turns])
         print(
-            f"| {name} | {usage.cpu:.1f} | {ratios[0]:.2f} | {usage.wall:.1f} | {ratios[1]:.2f} "
-            f"| {before} | {after} |",
+            f"| {name} | {usage.cpu:.1f} | {cpu} | {usage.wall:.1f} | {wall} | {before} | {after} |",
             flush=True,
         )
+
+
+def ratio(turns: Sequence[float]) -> str:
+    """Return the median of some ratios with their range."""
+    return f"{statistics.median(turns):.2f} ({min(turns):.2f} to {max(turns):.2f})"
 
 
 def main() -> None:

@@ -115,12 +115,17 @@ def _ablated_method(table: Table, name_or_path: str) -> tuple[str, dict[str, Any
     """Return label and settings of the method to ablate: KeepLoRA, else the first plug-in with its options.
 
     Raises:
-        ConfigError: the table has neither.
+        ConfigError: the table has neither, or several of which none is called `keeplora`.
     """
     names = _names(table)
-    for label, name in names.items():
-        if name == METHOD:
-            return METHOD, {"method": METHOD, **table.methods[label]}
+    labels = [label for label, name in names.items() if name == METHOD]
+    if labels:
+        if len(labels) > 1 and METHOD not in labels:
+            raise ConfigError(
+                f"'{name_or_path}' has several rows of the method {METHOD} ({', '.join(labels)})",
+                f"name the one to ablate {METHOD}",
+            )
+        return METHOD, {"method": METHOD, **table.methods[METHOD if METHOD in labels else labels[0]]}
     needed = {option for options in WITHOUT.values() for option in options}
     plugins = {
         label: name for label, name in names.items() if isinstance(name, str) and METHODS.is_plugin(name)

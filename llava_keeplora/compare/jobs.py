@@ -210,8 +210,9 @@ def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list
             while waiting and free_slots:
                 job, slot = waiting.popleft(), free_slots.popleft()
                 logger.info("%s: started, log in %s", job.folder, job.log)
-                running[slot] = (job, start(job, slot, workers), time.monotonic())
-            for slot, (job, process, since) in list(running.items()):
+                earlier = job.config_file.read_bytes() if job.config_file.exists() else None
+                running[slot] = (job, start(job, slot, workers), time.monotonic(), earlier)
+            for slot, (job, process, since, earlier) in list(running.items()):
                 code = process.poll()
                 if code is None:
                     continue
@@ -219,7 +220,9 @@ def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list
                 free_slots.append(slot)
                 done += 1
                 failed = code and not (code == DONT_SHIP and job.finished())
-                failures += [Failure(job, _failure_reason(job.log, code))] if failed else []
+                if failed:
+                    failures.append(Failure(job, _failure_reason(job.log, code)))
+                    restore(job, earlier)
                 logger.info(
                     "%s: %s after %.0f s, %d of %d",
                     job.folder,
@@ -231,9 +234,9 @@ def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list
             time.sleep(PAUSE)
     finally:
         # After an interruption or an error here, let the runs finish what they are writing.
-        for _, process, _ in running.values():
+        for _, process, *_ in running.values():
             process.terminate()
-        for _, process, _ in running.values():
+        for _, process, *_ in running.values():
             process.wait()
     return failures
 
@@ -250,6 +253,12 @@ def start(job: Job, slot: int, workers: int) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             env={**os.environ, **_share(slot, workers)},
         )
+
+
+def restore(job: Job, earlier: bytes | None) -> None:
+    """Put back the configuration of an earlier run in the folder, where a run with another one has failed."""
+    if earlier is not None and job.folder.exists():
+        write_bytes(job.config_file, earlier)
 
 
 def _share(slot: int, workers: int) -> dict[str, str]:

@@ -97,6 +97,8 @@ class Tuning:
                     f"metric is '{self.metric}'",
                     f"{nearest(name, CHOSEN_BY)}, or a sum of them such as transfer+last",
                 )
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ConfigError(f"metric is '{self.metric}', which names one twice", "name each once")
 
     @property
     def metrics(self) -> list[str]:
@@ -300,6 +302,11 @@ def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
             raise ConfigError(
                 f"tuning.settings.{label} is {settings!r}, but it takes a list of settings",
                 f"list them, or write `{label}: []` to take it as it is",
+            )
+        if again := next((tried for i, tried in enumerate(settings) if tried in settings[:i]), None):
+            raise ConfigError(
+                f"tuning.settings.{label} has {again} twice, which are no two settings tried",
+                "write other settings in the place of one",
             )
     counts = {label: len(tuning.settings[label]) for label in table.methods if tuning.settings[label]}
     if len(set(counts.values())) > 1:

@@ -91,6 +91,8 @@ class Individual(Method):
         self._on_base = False
         for name in ATTRIBUTES:
             setattr(self, name, getattr(self.inner, name))
+        #: KeepLoRA's, which a plan reads; features of finished tasks are not read here.
+        self.gradient_fraction = getattr(self.inner, "gradient_fraction", None)
 
     @property
     def plain_step(self) -> bool:

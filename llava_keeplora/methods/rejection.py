@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from llava_keeplora.methods.base import AnswerContext, Holding, TaskContext
+from llava_keeplora.methods.base import AnswerContext, Holding, MethodInfo, TaskContext
 from llava_keeplora.methods.protecting import ProtectingMethod
 from llava_keeplora.methods.prototypes import Prototypes
 from llava_keeplora.methods.switching import BASE, route_names
@@ -56,10 +56,15 @@ class RejectingMethod(ProtectingMethod):
         self.zero3_conflict = ZERO3_CONFLICT
         consolidated = self.stage_cost.get(Stage.CONSOLIDATED, 0.0) + 1.0
         self.stage_cost = self.stage_cost | {Stage.CONSOLIDATED: consolidated}
+        own = self.info
         self.info = replace(
-            self.info,
-            inference_cost="a pass of the base, which tells whether the merged model answers",
-            extra_parameters="the merged weights beside the base's, and prototypes",
+            own,
+            inference_cost=_with(
+                own.inference_cost, "a pass of the base, which tells whether the merged model answers"
+            ),
+            extra_parameters=_with(
+                own.extra_parameters, "the merged weights beside the base's, and prototypes"
+            ),
             mergeable=False,
             kept=f"{self.info.kept}, and prototypes: a feature per class, or one",
         )
@@ -94,6 +99,11 @@ class RejectingMethod(ProtectingMethod):
         return RejectingPredictor(
             base, merged, ctx.learned, self.prototypes.router(predictor), ctx.weights.untouched
         )
+
+
+def _with(own: str, more: str) -> str:
+    """Return a cost of a method's own with a further one."""
+    return more if own == MethodInfo.inference_cost else f"{own}; {more}"
 
 
 class RejectingPredictor:

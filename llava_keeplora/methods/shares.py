@@ -137,7 +137,7 @@ def expected_loss(lost: float, read: int, examples: int) -> float:
         read: number of examples read.
         examples: number of all examples.
     """
-    return 2 * max(0.0, lost) * (1 - read / examples)
+    return 2 * max(lost, 0.0) * (1 - read / examples)  # NaN stays NaN, which is below no limit.
 
 
 class Reader:

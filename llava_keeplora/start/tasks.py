@@ -10,6 +10,7 @@ from llava_keeplora.objects import Objects
 from llava_keeplora_eval.plugins import task_plugins
 from llava_keeplora_eval.references import check_references, metric_of
 from llava_keeplora_recipes import Recipe, TaskData, load_recipes, load_split
+from llava_keeplora_recipes.errors import RecipeError
 from llava_keeplora_recipes.repeats import repeats, shared_images
 
 log = logging.getLogger(__name__)
@@ -158,8 +159,24 @@ def load_splits(config: DataConfig, recipe: Recipe, trained: bool = True) -> tup
 
 
 def hold_out(train: TaskData, share: float) -> tuple[TaskData, TaskData | None]:
-    """Return (the training examples, those held out of them); None where there is nothing to hold out."""
-    return train.split_holdout(share, HOLDOUT_SEED) if share and len(train) else (train, None)
+    """Return (the training examples, those held out of them); None where there is nothing to hold out.
+
+    Args:
+        train: a task's training examples.
+        share: `guard.held_out`, of a guard that shrinks updates; 0 without one.
+
+    Raises:
+        RecipeError: there are too few of them.
+    """
+    if not share or not len(train):
+        return train, None
+    try:
+        return train.split_holdout(share, HOLDOUT_SEED)
+    except RecipeError as error:
+        raise RecipeError(
+            f"guard.on_failure is 'shrink', for which examples are held out, but {error.problem}",
+            "use more examples, or set guard.on_failure to rollback",
+        ) from error
 
 
 def limit_examples(train: TaskData, limit: int) -> TaskData:

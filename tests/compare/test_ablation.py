@@ -68,6 +68,14 @@ def test_every_part_is_taken_away_and_every_value_of_a_threshold_is_tried(ablate
         }
 
 
+def test_the_row_that_is_called_keeplora_is_ablated_and_of_several_others_none(config_file):
+    rows = ["methods.first={method: keeplora, preset: balanced}", "methods.keeplora={}"]
+    ablation = load_ablation(str(config_file), {"energy_weight": [0.6]}, overrides=rows)
+    assert "preset" not in ablation.table.methods["keeplora"]
+    with pytest.raises(ConfigError, match="several rows of the method keeplora .ours, first.; name the one"):
+        load_ablation(str(config_file), {"energy_weight": [0.6]}, overrides=rows[:1])
+
+
 def test_a_table_s_bounds_stay_beside_the_variants_and_are_lines_of_the_plot(config_file, here):
     overrides = ["methods.alone={method: individual}", "methods.joint={}"]
     with here():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,23 @@ def test_a_run_reads_its_configuration_as_the_table_has_it(make_table, tmp_path,
     jobs.start(job, 0, 1)
     found = load_config(str(job.config_file))
     assert found.training["lr_scheduler_kwargs"] == {"min_lr": 1e-5} and found.output_dir == str(job.folder)
+
+
+def test_a_run_that_is_refused_leaves_the_configuration_of_the_run_that_is_in_its_folder(
+    make_table, tmp_path, monkeypatch
+):
+    codes = iter([0, 2])
+    ended = lambda *args, **kwargs: SimpleNamespace(poll=partial(int, next(codes)))  # noqa: E731
+    monkeypatch.setattr(subprocess, "Popen", ended)
+    files = []
+    for rank in (2, 1):
+        methods = {"seq-lora": {"parts": {"vision": {"rank": rank}}}}
+        table = make_table(tmp_path / "table", methods=methods)
+        (job,) = jobs.table_jobs(table, table.methods)["I"]
+        job.folder.mkdir(parents=True, exist_ok=True)
+        failures = jobs.run_jobs([job], 1, ["seq-lora"])
+        files.append(job.config_file.read_bytes())
+    assert [failure.job for failure in failures] == [job] and files[0] == files[1]
 
 
 def test_no_more_run_at_once_than_there_are_workers(make_table, tmp_path, monkeypatch):

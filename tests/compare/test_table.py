@@ -193,6 +193,15 @@ def test_an_order_has_its_own_epochs_and_without_seeds_only_settings_are_tried_o
             "tuning.metric is 'last+forgetting'; valid names are average, last, transfer, or a sum of them such as transfer+last.",
         ),
         (
+            {"tuning": {"metric": "average+average"}},
+            "tuning.metric is 'average+average', which names one twice; name each once.",
+        ),
+        (
+            {"tuning": {"settings": {"seq-lora": FOUR, "keeplora": [*FOUR[:3], FOUR[0]]}}},
+            f"tuning.settings.keeplora has {FOUR[0]} twice, which are no two settings tried; "
+            "write other settings in the place of one.",
+        ),
+        (
             {"tuning": {"split": "test"}},
             "unknown key 'tuning.split'; valid names are holdout, metric, order, seed, settings.",
         ),

@@ -183,6 +183,17 @@ def test_a_method_that_rejects_says_what_it_needs_and_does_not_merge(name):
     assert plain.mergeable and not plain.keeps_prototypes
 
 
+def test_what_a_method_asks_for_besides_stays_in_its_description():
+    cls = METHODS["keeplora+"]
+    plain, wary = (cls(cls.Options(rejection=share)).info for share in (0.0, 0.1))
+    for own, with_rejection in (
+        (plain.inference_cost, wary.inference_cost),
+        (plain.extra_parameters, wary.extra_parameters),
+    ):
+        assert with_rejection.startswith(own) and "base" in with_rejection and "base" not in own
+    assert "rejection" in cls.info.variants
+
+
 def test_what_does_not_go_with_rejection_is_refused(finished, run_tree, tmp_path):
     with pytest.raises(ConfigError, match="does not merge.*export --as state"):
         export_run(finished, "merged", base_id="user/name", label="wary")

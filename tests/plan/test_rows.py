@@ -69,6 +69,15 @@ def test_a_row_that_runs_in_one_process_is_named_and_the_others_are_planned(run_
         make_plan(parse_config(run_tree(tmp_path / "run", methods=rows)), 2, 80.0)
 
 
+def test_the_passes_of_a_bound_of_keeplora_are_said_to_read_what_those_of_its_first_task_read(
+    run_tree, tmp_path
+):
+    rows = {"keeplora": {}, "alone": {"method": "individual", "of": "keeplora"}}
+    plan = make_plan(parse_config(run_tree(tmp_path / "run", methods=rows)), 1, 80.0)
+    both, alone = (line for line in describe(plan).splitlines() if "gradient pass reads at most" in line)
+    assert "feature pass" in both and "feature pass" not in alone
+
+
 def test_a_training_that_follows_tasks_is_said_to_be_left_out(wide_tree, mixed_tasks):
     rows = {"asked": {"method": "task-lora", "routing": "model"}, "given": ROWS["given"]}
     tasks = [str(mixed_tasks[0]), str(mixed_tasks[2])]

@@ -30,7 +30,10 @@ from llava_keeplora.sequence.fork import fork
 from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.retry import put_back
 from llava_keeplora.sequence.workspace import Workspace
+from llava_keeplora.start.tasks import hold_out
 from llava_keeplora_eval import Matrix
+from llava_keeplora_recipes import load_recipe, load_split
+from llava_keeplora_recipes.errors import RecipeError
 
 WATCH = {"watch": [{"task": "shapes", "examples": 40}], "watch_tasks": {"max_drop": 100}}
 
@@ -404,3 +407,11 @@ def test_the_main_process_puts_a_task_back_and_the_others_take_its_configuration
     run = module.Run(config)
     run.retry("stripes")
     assert run.config == config
+
+
+def test_where_nothing_can_be_held_out_for_shrinking_the_setting_that_asks_for_it_is_named(tiny_tasks):
+    data = load_split(load_recipe(str(tiny_tasks[0])), "train")
+    firsts = data.take({label: row for row, label in enumerate(data.labels)}.values())
+    with pytest.raises(RecipeError, match="guard.on_failure is 'shrink', .* one example per class.*rollback"):
+        hold_out(firsts, 0.1)
+    assert hold_out(firsts, 0.0) == (firsts, None)
