@@ -254,6 +254,11 @@ class Journal:
         self.entries, self.superseded, self.undone = [], [], []
 
     @property
+    def history(self) -> list[Entry]:
+        """All that was done: the finished stages, after those of whole updates and of tasks rolled back."""
+        return [*self.undone, *self.superseded, *self.entries]
+
+    @property
     def has_work(self) -> bool:
         """Whether a finished stage left more than a plan, copied scores, or an empty record."""
         return any(

@@ -51,7 +51,7 @@ def read_needs(folder: Path) -> Needs:
         replace(entry, info=entry.info | {"examples": {}, "steps": 0})
         if entry.stage == Stage.TRAINED and entry.task in replaced
         else entry
-        for entry in [*journal.undone, *journal.superseded, *journal.entries]
+        for entry in journal.history
     ]
     # Of an adopted task nothing was trained here.
     trained = [entry for entry in entries if entry.stage == Stage.TRAINED]

@@ -399,8 +399,7 @@ def read_losses(path: Path) -> list[tuple[int, float]]:
 def read_costs(folder: Path) -> dict[str, Cost]:
     """Read stage → its cost over all tasks, from the journal."""
     stages: dict[str, list] = {}
-    journal = Journal(folder / JOURNAL)
-    for entry in [*journal.superseded, *journal.entries]:
+    for entry in Journal(folder / JOURNAL).history:
         if entry.stage not in (Stage.PLANNED, Stage.CLOSED):
             stages.setdefault(entry.stage, []).append(entry)
     costs = {}

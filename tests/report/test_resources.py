@@ -6,6 +6,7 @@ import pytest
 
 from llava_keeplora.report.resources import budget_factors, needs_numbers, needs_rows, read_needs
 from llava_keeplora.report.results import Trial
+from llava_keeplora.report.run_report import read_costs
 from llava_keeplora_eval import Matrix
 
 
@@ -69,6 +70,7 @@ def test_what_was_rolled_back_was_trained_on_and_nothing_of_it_is_kept(tmp_path)
     needs = read_needs(tmp_path)
     assert (needs.examples, needs.training_passes) == (whole.examples, 1.0) == (40, 1.0)
     assert whole.kept_bytes == needs.kept_bytes == 1000, "over one task instead of two"
+    assert read_costs(tmp_path)["TRAINED"].seconds == 2.0
 
 
 @pytest.mark.parametrize(
