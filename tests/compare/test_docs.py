@@ -87,7 +87,7 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
         counts.append(len(jobs))
     assert counts == [
         22 * 4,
-        23 * 4,
+        23 * 6,
         22 * 5,
         22 + 5,
         22 * 6,
