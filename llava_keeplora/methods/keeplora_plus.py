@@ -41,7 +41,6 @@ from llava_keeplora.distributed import sum_over_processes
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Holding, MethodInfo, TaskContext
 from llava_keeplora.methods.keeplora import KeepLora
-from llava_keeplora.methods.rejection import VARIANT
 from llava_keeplora.run_folder import Stage
 from llava_keeplora_eval.encoders import feature_width
 from llava_keeplora_eval.predictors import ClipPredictor
@@ -64,7 +63,7 @@ class KeepLoraPlus(KeepLora):
         kept="a basis for every layer, at most as wide as its input, and a row per class",
         trained="B, a row per class",
         families=("clip",),
-        variants=VARIANT,
+        variants="`rejection`: the base answers what resembles no learned task",
     )
     stage_cost = KeepLora.stage_cost | {Stage.TRAINED: 1.0}
     supports_zero3 = False

@@ -108,7 +108,8 @@ def test_list_names_everything(capfd):
     needs = (
         "clip and llava; merges",
         "clip; needs reference data; merges",
-        "clip; needs the task at test time; extra at test: one product with the image features; does not merge",
+        "clip; needs the task at test time; extra at test: one product with the image features; does not merge "
+        "(`rejection`: the base answers what resembles no learned task)",
     )
     assert all(f" {words}\n" in out for words in needs), "what a method asks for stands below it"
 
