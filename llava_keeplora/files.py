@@ -83,12 +83,16 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all of a safetensors file; see `open_tensors`.
+    """Read all of a safetensors file; see `open_tensors` and `copied_tensors`."""
+    return copied_tensors(open_tensors(path))
+
+
+def copied_tensors(file: safe_open) -> dict[str, Tensor]:
+    """Return all tensors of an open file.
 
     Each tensor is copied to where the allocator puts it. In the mapped file it starts wherever the header
     ends, and products round otherwise there: a resumed run would not end as one that never stopped.
     """
-    file = open_tensors(path)
     return {name: file.get_tensor(name).clone() for name in file.keys()}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import open_tensors, read_tensors, write_tensors
+from llava_keeplora.files import copied_tensors, open_tensors, write_tensors
 from llava_keeplora.records import NUMBER
 
 
@@ -89,9 +89,10 @@ def load_deltas(path: Path) -> dict[str, Delta | FullDelta]:
     Raises:
         RunError: if the file holds no deltas, a layer's A or B is missing, or a scale is not finite.
     """
-    tensors = read_tensors(path)
+    file = open_tensors(path)
+    tensors = copied_tensors(file)
     try:
-        scales = json.loads((open_tensors(path).metadata() or {})["scales"])
+        scales = json.loads((file.metadata() or {})["scales"])
         if not all(scale in NUMBER for scale in scales.values()):
             raise ValueError("a scale is no finite number")
         low_rank: dict[str, Delta | FullDelta] = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava_keeplora.adapters import Delta, load_deltas
-from llava_keeplora.config import ZERO_SHOT, RunConfig
+from llava_keeplora.config import ZERO_SHOT, RunConfig, make_method
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import read_tensors
 from llava_keeplora.journal import Entry, Journal, open_stages
@@ -71,8 +71,9 @@ def inspect_state(folder: Path, config: RunConfig, names: list[str]) -> None:
         if cls.trainable:
             settings = config.methods[label]
             changed = find_changed(cls, settings.parts, family)
-            method = cls(cls.Options(**settings.options))
-            _MethodState(folder / label, method, changed, family.model, names).check(journal.entries)
+            _MethodState(folder / label, make_method(settings), changed, family.model, names).check(
+                journal.entries
+            )
 
 
 def _check_record(path: Path, names: list[str]) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_keeplora.adapters import AdapterInit, Deltas, load_deltas
-from llava_keeplora.config import ALL_LINEAR, AVERAGED, MethodConfig
+from llava_keeplora.config import ALL_LINEAR, AVERAGED, MethodConfig, make_method
 from llava_keeplora.files import read_tensors, write_tensors
 from llava_keeplora.journal import Journal, rolled_back
-from llava_keeplora.methods import METHODS, Changed, Layer, Method, find_changed
+from llava_keeplora.methods import Changed, Layer, Method, find_changed
 from llava_keeplora.models import Inputs
 from llava_keeplora.run_folder import ADAPTERS, DELTA, JOURNAL, KEPT, MATRIX, PREPARED, STATE, read_record
 from llava_keeplora.sequence.run_context import RunContext
@@ -43,21 +43,20 @@ class MethodState:
     def __init__(self, context: RunContext, config: MethodConfig):
         self.context, self.config = context, config
         self.folder = context.workspace.label(config.label)
-        cls = METHODS[config.method]
-        self.method: Method = cls(cls.Options(**config.options))
+        self.method: Method = make_method(config)
         self.journal = Journal(self.folder / JOURNAL)
         if config.label in context.workspace.begun_anew():
             self.journal.forget()
-        self.trainable = cls.trainable
+        self.trainable = self.method.trainable
         self.learn_sequence()
         #: Whether its tasks are judged; a bound's are not.
-        self.guarded = context.config.guard is not None and not cls.bound
+        self.guarded = context.config.guard is not None and not self.method.bound
         self.averaged = config.test_prompts == AVERAGED
         # The zero-shot score depends on the prompts alone, so the first method with these prompts takes it.
         self.first_alike = context.config.first_alike(config.label)
         self.layers, self.full, self.unreachable = self._find_layers()
         names = [task.name for task in context.tasks]
-        self.matrix = Matrix(names, [None] * len(names), [], cls.bound)
+        self.matrix = Matrix(names, [None] * len(names), [], self.method.bound)
         self.method.reference = context.references.get(config.label)
         #: Kind → examples that went through the model in the present stage; see `TaskContext.passes`.
         self.passes: Counter[str] = Counter()

@@ -14,11 +14,11 @@ from torch import nn
 
 from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.adopt import Source, Update, find_source, read_update
-from llava_keeplora.config import RunConfig, deepspeed_config
+from llava_keeplora.config import RunConfig, deepspeed_config, make_method
 from llava_keeplora.deepspeed_zero import Zero
 from llava_keeplora.distributed import get_rank, get_world_size, has_group
 from llava_keeplora.journal import Journal, rolled_back
-from llava_keeplora.methods import METHODS, Reference
+from llava_keeplora.methods import Reference
 from llava_keeplora.models import DTYPES, MODEL_FAMILIES, Family, Inputs, load_model
 from llava_keeplora.objects import Objects
 from llava_keeplora.run_folder import JOURNAL, Stage
@@ -77,14 +77,12 @@ class RunContext:
         self.references: dict[str, Reference] = {}
         self.general: dict[str, GeneralData] = {}
         for label, method in config.methods.items():
-            cls = METHODS[method.method]
-            general = cls(cls.Options(**method.options)).general_data_spec()
+            made = make_method(method)
+            general, spec = made.general_data_spec(), made.reference_data_spec()
+            # These data may be large, and a finished method doesn't need them.
             if general and not self.finished(label):
                 self.general[label] = read_general(label, general, config.data, family, self.cache.split)
-            # Reference data may be large, and a finished method doesn't need them.
-            if (spec := cls(cls.Options(**method.options)).reference_data_spec()) and not self.finished(
-                label
-            ):
+            if spec and not self.finished(label):
                 recipe, file = spec
                 self.references[label] = read_reference(
                     label, recipe, file, config.data, family, self.cache.split

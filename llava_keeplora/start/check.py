@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llava_keeplora.config import AVERAGED, MethodConfig, RunConfig, deepspeed_config
+from llava_keeplora.config import AVERAGED, MethodConfig, RunConfig, deepspeed_config, make_method
 from llava_keeplora.deepspeed_zero import loaded_whole
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import METHODS, Changed, Layer, Method, model_type
+from llava_keeplora.methods import Changed, Layer, Method, model_type
 from llava_keeplora.models import Family
 from llava_keeplora.start.tasks import Task
 from llava_keeplora.start.training_args import check_arguments, planned_arguments
@@ -46,8 +46,7 @@ def check_run(
         check_images(tasks)
         _check_alike(config, tasks)
     for label, method in config.methods.items():
-        cls = METHODS[method.method]
-        instance = cls(cls.Options(**method.options))
+        instance = make_method(method)
         _check_statistics(label, instance.least_statistics(changed[label].adapted), config)
         check_processes(label, instance, changed[label].adapted.values(), world, sharded)
         _check_rates(method, deepspeed)
@@ -105,9 +104,9 @@ def check_shrinking(config: RunConfig) -> None:
         ConfigError: naming a method whose model is not the base plus the sum of its tasks' updates.
     """
     for label, method in config.methods.items() if config.guard and config.guard.shrinks else ():
-        cls = METHODS[method.method]
-        summed = cls(cls.Options(**method.options)).mergeable and cls.combine is Method.combine
-        if cls.trainable and not cls.bound and not summed:
+        made = make_method(method)
+        summed = made.mergeable and type(made).combine is Method.combine
+        if made.trainable and not made.bound and not summed:
             raise ConfigError(
                 f"guard.on_failure is shrink, but '{label}' ({method.method}) is not the base plus the sum "
                 "of its tasks' updates, of which one could be made smaller",
@@ -182,11 +181,7 @@ def _check_alike(config: RunConfig, tasks: Sequence[Task]) -> None:
     Raises:
         ConfigError: if some tasks have images and others have none.
     """
-    made = {
-        label: METHODS[m.method](METHODS[m.method].Options(**m.options))
-        for label, m in config.methods.items()
-    }
-    mixing = [label for label, method in made.items() if method.mixes]
+    mixing = [label for label, method in config.methods.items() if make_method(method).mixes]
     with_images = [task.name for task in tasks if any(task.train.image_counts)]
     without = [task.name for task in tasks if task.name not in with_images]
     if mixing and with_images and without:
