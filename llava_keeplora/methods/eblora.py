@@ -55,10 +55,10 @@ from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.base import Holding, Layer, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.methods.gradient_init import first_step_directions, gradient_statistic
 from llava_keeplora.methods.keeplora_plus_plus import block_factors
-from llava_keeplora.methods.kept_features import KeptFeatures
+from llava_keeplora.methods.kept_features import KeptFeatures, check_kept_features
 from llava_keeplora.methods.layers import in_layer
 from llava_keeplora.methods.prototypes import check_rejection
-from llava_keeplora.methods.rejection import VARIANT
+from llava_keeplora.methods.rejection import VARIANT, RejectingMethod
 from llava_keeplora.methods.stiefel import Frame, StiefelAdamW
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.subspace import append_directions, feature_directions, principal_basis
@@ -80,7 +80,7 @@ class Scale(nn.Module):
         return self.weight * x
 
 
-class EbLora(KeptFeatures):
+class EbLora(KeptFeatures, RejectingMethod):
     """EBLoRA as `methods/eblora.py` describes it."""
 
     info = MethodInfo(
@@ -137,10 +137,7 @@ class EbLora(KeptFeatures):
                 raise MethodError(
                     f"dropout must be in [0, 1) (got {self.dropout})", "set it to 0 for no dropout"
                 )
-            if not self.distillation >= 0.0:
-                raise MethodError(
-                    f"distillation must not be negative (got {self.distillation})", "set it to 0 for none"
-                )
+            check_kept_features(self.distillation)
             check_rejection(self.rejection)
 
     def __init__(self, options: "EbLora.Options"):

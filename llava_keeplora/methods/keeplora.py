@@ -70,7 +70,7 @@ from llava_keeplora.methods.keeplora_options import check_options, value_of
 from llava_keeplora.methods.kept_features import KeptFeatures
 from llava_keeplora.methods.layers import in_layer, unsure_layers
 from llava_keeplora.methods.presets import RULES, least_statistics
-from llava_keeplora.methods.rejection import VARIANT
+from llava_keeplora.methods.rejection import VARIANT, RejectingMethod
 from llava_keeplora.methods.shares import AUTO, Share, read_features
 from llava_keeplora.methods.update_bound import bounded_deltas
 from llava_keeplora.run_folder import Stage
@@ -83,7 +83,7 @@ from llava_keeplora.subspace import (
 )
 
 
-class KeepLora(KeptFeatures):
+class KeepLora(KeptFeatures, RejectingMethod):
     """KeepLoRA as `methods/keeplora.py` describes it."""
 
     info = MethodInfo(

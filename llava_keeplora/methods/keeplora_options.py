@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.info import check_effect
+from llava_keeplora.methods.kept_features import check_kept_features
 from llava_keeplora.methods.presets import RULES
 from llava_keeplora.methods.prototypes import check_rejection
 from llava_keeplora.methods.shares import AUTO, check_fraction
@@ -90,11 +91,8 @@ def _check_updates(options: Any) -> None:
             "not start",
             "set form to 'delta', or update_bound to null",
         )
-    if options.distillation is not None and not 0.0 <= options.distillation < math.inf:
-        raise MethodError(
-            f"distillation must be 0 or a positive number (got {options.distillation})",
-            "set it to 0 for none",
-        )
+    if options.distillation is not None:
+        check_kept_features(options.distillation)
     if value_of(options, "distillation") and literal:
         raise MethodError(
             "distillation takes the model at the task's start as teacher, from which the literal form "

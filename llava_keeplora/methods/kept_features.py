@@ -16,6 +16,7 @@ step, or none is seen twice, a step computes f_0 of its own images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -25,8 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from llava_keeplora.errors import MethodError
-from llava_keeplora.methods.base import TaskContext
-from llava_keeplora.methods.rejection import RejectingMethod
+from llava_keeplora.methods.base import Method, TaskContext
 from llava_keeplora.methods.task_start import TaskStart, remember_start
 from llava_keeplora.run_folder import Stage
 
@@ -34,7 +34,7 @@ from llava_keeplora.run_folder import Stage
 FEATURES_COST = 1.0
 
 
-class KeptFeatures(RejectingMethod):
+class KeptFeatures(Method):
     """Base class of methods that may keep image features while a task is learned.
 
     Attributes:
@@ -80,6 +80,18 @@ class KeptFeatures(RejectingMethod):
         before = self.start.output(ctx, batch, partial(image_features, ctx))
         moved = 1 - cosine_similarity(before, _features(out))
         return out["loss"] + self.distillation * moved.mean()
+
+
+def check_kept_features(distillation: float) -> None:
+    """Check λ.
+
+    Raises:
+        MethodError: if it is negative or not finite.
+    """
+    if not 0.0 <= distillation < math.inf:
+        raise MethodError(
+            f"distillation must be 0 or a positive number (got {distillation})", "set it to 0 for none"
+        )
 
 
 def image_features(ctx: TaskContext, batch: Mapping[str, Tensor]) -> Tensor:

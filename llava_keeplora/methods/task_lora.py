@@ -48,6 +48,8 @@ Differences from the official code (https://github.com/bjzhb666/MLLM-CL):
   the text alone, and its adapters are all used at once, weighted by a softmax of the cosines at temperature
   0.05; here one is used. `rejection` is in none of them; MoE-Adapters (https://arxiv.org/abs/2403.11549),
   too, leaves to the base what no task's training examples resemble, by auto-encoders.
+- `distillation` is the term of KeepLoRA's preset `balanced` and no part of it: an example of a task that is
+  not learned yet, which the router takes for one of a learned task, is then answered more as by the base.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ from torch import Tensor
 from llava_keeplora.adapters import BaseWeights, Deltas
 from llava_keeplora.methods.base import AnswerContext, Holding, Layer, MethodInfo, TaskContext
 from llava_keeplora.methods.info import check_effect
+from llava_keeplora.methods.kept_features import KeptFeatures, check_kept_features
 from llava_keeplora.methods.model_router import RouterTraining
 from llava_keeplora.methods.seq_lora import SequentialLora
 from llava_keeplora.methods.switching import ZERO3_CONFLICT, SwitchingPredictor, carrying
@@ -78,7 +81,7 @@ ROUTER_OPTIONS = (
 )
 
 
-class TaskLora(SequentialLora):
+class TaskLora(KeptFeatures, SequentialLora):
     """One LoRA per task and a router as `methods/task_lora.py` describes them."""
 
     info = MethodInfo(
@@ -102,6 +105,8 @@ class TaskLora(SequentialLora):
                 `oracle` for the given task.
             rejection: with `prototypes`, the largest share of a task's training examples that may be taken
                 for none of its kind; an example as far away as these is answered by the base. 0 for none.
+            distillation: λ, the weight of keeping the task's image features near the base's, on a model of
+                two encoders (`kept_features.py`); 0 for none.
             router_examples: with `model`, number of examples that are kept of every task to train the
                 router, at most all; 0 for the untouched base.
             router_epochs: passes of the router's training over all that are kept.
@@ -112,6 +117,7 @@ class TaskLora(SequentialLora):
 
         routing: str = PROTOTYPES
         rejection: float = 0.0
+        distillation: float = 0.0
         router_examples: int = 20
         router_epochs: int = 40
         router_learning_rate: float = 5e-6
@@ -120,6 +126,7 @@ class TaskLora(SequentialLora):
 
         def __post_init__(self) -> None:
             check_routing(self)
+            check_kept_features(self.distillation)
             self.router_training()
             check_effect(self, ROUTER_OPTIONS, "routing", MODEL)
 
@@ -144,6 +151,7 @@ class TaskLora(SequentialLora):
         self.stage_cost, self.keeps_prototypes = self.router.stage_cost, self.router.keeps_prototypes
         self.answers_from_files = self.router.answers_from_files
         self.info = self.router.described(self.info, "A and B of the chosen task", "A and B of every task")
+        self.keep_features(options.distillation)
 
     def check_tasks(self, count: int) -> None:
         """Check that the router can name every task."""

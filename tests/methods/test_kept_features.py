@@ -1,4 +1,4 @@
-"""KeepLoRA that keeps image features while a task is learned: the loss, what is refused, resuming."""
+"""Methods that keep image features while a task is learned: the loss, what is refused, resuming."""
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from llava_keeplora.models import load_model
 from llava_keeplora.testing import check_method
 
 KeepLora, KeepLoraPlus = METHODS["keeplora"], METHODS["keeplora+"]
+EbLora, TaskLora = METHODS["eblora"], METHODS["task-lora"]
 
 
 class Net(nn.Module):
@@ -66,8 +67,10 @@ def test_without_distillation_the_loss_is_the_tasks_own(net, batch):
     assert method.stage_cost is KeepLora.stage_cost
 
 
-def test_the_loss_adds_the_mean_of_one_minus_cosine_to_the_features_at_the_start(net, batch):
-    method, ctx = KeepLora(KeepLora.Options(distillation=4.0)), context(net)
+@pytest.mark.parametrize("cls", [KeepLora, TaskLora])
+def test_the_loss_adds_the_mean_of_one_minus_cosine_to_the_features_at_the_start(cls, net, batch):
+    method, ctx = cls(cls.Options(distillation=4.0)), context(net)
+    assert method.stage_cost["TRAINED"] == cls(cls.Options()).stage_cost.get("TRAINED", 0.0) + 1.0
     with method.training_context(ctx, net):
         start = net(**batch)
         torch.testing.assert_close(method.loss(ctx, batch, start), start["loss"])
@@ -130,10 +133,11 @@ def test_the_balanced_preset_is_the_papers_with_distillation():
     assert balanced.form == paper.form and balanced.gradient_fraction == paper.gradient_fraction
 
 
+@pytest.mark.parametrize("cls", [KeepLora, EbLora, TaskLora])
 @pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
-def test_a_strength_that_is_no_weight_is_refused(strength):
+def test_a_strength_that_is_no_weight_is_refused(cls, strength):
     with pytest.raises(MethodError, match="distillation must be 0 or a positive number"):
-        KeepLora.Options(distillation=strength)
+        cls.Options(distillation=strength)
 
 
 #: The distillation of the preset, and a form that has none.
@@ -159,5 +163,9 @@ def test_a_classifier_beside_it_keeps_both_losses(net, batch):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_within_training_and_extends_bit_for_bit():
-    check_method(KeepLora, {"distillation": 10.0})
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(KeepLora, {"distillation": 10.0}), (TaskLora, {"distillation": 10.0, "rejection": 0.5})],
+)
+def test_a_run_resumes_within_training_and_extends_bit_for_bit(cls, options):
+    check_method(cls, options)
