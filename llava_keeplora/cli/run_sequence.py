@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from llava_keeplora.host_memory import keep_freed_memory
+
 if TYPE_CHECKING:
     from llava_keeplora.config import RunConfig
     from llava_keeplora.report.run_matrix import RunMatrix
@@ -34,9 +36,12 @@ def load_run_config(args: argparse.Namespace, **direct: Any) -> RunConfig:
 def prepared_process() -> Iterator[type[Run]]:
     """Import what a run needs, without its libraries' progress bars, and end with a launcher that ends.
 
+    Memory that is freed is kept for the next step, see `keep_freed_memory`.
+
     Yields:
         the class `Run`.
     """
+    keep_freed_memory()
     with without_collection():
         import datasets
         import transformers

@@ -105,7 +105,8 @@ class Osf(Method):
             raise MethodError(
                 f"preserved_step {step} freezes all directions in task {full} of {count} "
                 f"(preserved is {first})",
-                f"set it to less than {(1.0 - first) / (count - 1):.3g}",
+                f"set it to less than {(1.0 - first) / (count - 1):.3g} in a new run; one that has begun has "
+                f"room for {full - 1} tasks",
             )
 
     def check(self, layers: Mapping[str, Layer]) -> None:
