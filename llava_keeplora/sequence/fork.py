@@ -34,6 +34,7 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
     """Copy a run's first tasks into a new run folder, as if the run had never had more.
 
     What was learned together with later tasks, as by `joint`, is left open, to be learned again without them.
+    So is a bound where the methods have rolled tasks back, which it has learned.
 
     Args:
         run: the run folder; its first `at_task` tasks must be finished.
@@ -62,8 +63,12 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
     check_base_if_here(run, source.model)
     config = dataclasses.replace(source.of_tasks(kept[:at_task]), output_dir=str(into))
     names, guarded = run_identity(config)["tasks"], source.guard is not None
+    bounds = _bounds(source)
+    open_labels = bounds if len(kept) < len(source.tasks) else set()
     journals = {
-        label: _finished(old.label(label), at_task, len(kept), label != ZERO_SHOT, guarded)
+        label: []
+        if label in open_labels
+        else _finished(old.label(label), at_task, len(kept), label != ZERO_SHOT, guarded)
         for label in labels
     }
     for label, method in source.methods.items():
@@ -72,14 +77,19 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
     with translate_errors(into), whole_folder(into) as tmp_dir:
         new = Workspace(config, tmp_dir)
         for label, entries in journals.items():
-            bound = label in source.methods and METHODS[source.methods[label].method].bound
-            _copy(old.label(label), new.label(label), entries, names, bound)
+            if label not in open_labels:
+                _copy(old.label(label), new.label(label), entries, names, label in bounds)
         for path in (old.root / VERSIONS, *(kept_recipe(old.root, name) for name in names)):
             if path.exists():
                 write_bytes(tmp_dir / path.relative_to(old.root), path.read_bytes())
         # The base that the copied stages were computed on; the base's files may have changed since then.
         new.claim({BASE: recorded_base(old.root)})
     return config
+
+
+def _bounds(source: RunConfig) -> set[str]:
+    """Return the labels of the run's bounds, whose tasks no guard judges."""
+    return {label for label, method in source.methods.items() if METHODS[method.method].bound}
 
 
 def _kept_places(source: RunConfig, old: Workspace) -> list[int]:
@@ -89,7 +99,8 @@ def _kept_places(source: RunConfig, old: Workspace) -> list[int]:
         RunError: the methods have rolled different tasks back.
     """
     names = run_identity(source)["tasks"]
-    gone = {label: rolled_back(Journal(old.label(label) / JOURNAL).entries) for label in source.methods}
+    judged = source.methods.keys() - _bounds(source)
+    gone = {label: rolled_back(Journal(old.label(label) / JOURNAL).entries) for label in judged}
     if len({frozenset(tasks) for tasks in gone.values()}) > 1:
         raise RunError(
             f"the methods of {source.output_dir} have rolled different tasks back",

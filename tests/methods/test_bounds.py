@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file
 
 from llava_keeplora.adapters import load_deltas
+from llava_keeplora.doctor import examine_run
 from llava_keeplora.errors import ConfigError, MethodError, RunError, UserError
 from llava_keeplora.export.inspect_state import inspect_state
 from llava_keeplora.export.predict import load_run_predictor
@@ -19,6 +21,7 @@ from llava_keeplora.models import Prepared, load_model
 from llava_keeplora.report.resources import read_needs
 from llava_keeplora.report.run_report import read_trial, write_run_report
 from llava_keeplora.report.tables import summary_rows
+from llava_keeplora.run_folder import MATRIX
 from llava_keeplora.saved_run import load_run, run_identity
 from llava_keeplora.sequence.data import stage_seed
 from llava_keeplora.sequence.fork import fork
@@ -173,6 +176,19 @@ def test_individual_has_one_row_whose_mean_is_last_and_no_other_aggregate(finish
     assert metrics["last"] == sum(row.rows[1]) / 2
     assert all(metrics[name] is None for name in ("transfer", "average", "forgetting", "bwt"))
     assert not matrix(finished, "seq-lora").bound
+
+
+def test_the_doctor_finds_nothing_in_a_run_with_bounds_and_a_score_of_theirs_that_was_changed(
+    finished, tmp_path
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert not [found for found in examine_run(run) if isinstance(found, Exception)]
+    path = run / "individual" / MATRIX
+    changed = matrix(run, "individual")
+    changed.rows[1][0] = 99.5
+    changed.to_json(path)
+    (problem,) = [found for found in examine_run(run) if isinstance(found, Exception)]
+    assert str(path) in str(problem) and "another score" in str(problem)
 
 
 def test_of_one_task_a_bound_has_its_last_score_alone_as_of_several(finished, tmp_path):

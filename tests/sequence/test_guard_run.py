@@ -69,9 +69,9 @@ def breaks(monkeypatch):
 def guarded(run_tree, tiny_tasks):
     """Function (folder, tasks, **guard) → a run of KeepLoRA on some of the tiny tasks with a guard."""
 
-    def build(folder: Path, tasks: list[int], **guard):
+    def build(folder: Path, tasks: list[int], bounds: tuple[str, ...] = (), **guard):
         tree = run_tree(folder, tasks=[str(tiny_tasks[i]) for i in tasks])
-        tree["methods"] = {"keeplora": {}}
+        tree["methods"] = {label: {} for label in ("keeplora", *bounds)}
         return parse_config(tree | {"guard": {**WATCH, **guard}})
 
     return build
@@ -170,9 +170,17 @@ def test_a_watched_recipe_without_its_data_is_refused_before_anything_is_compute
 @pytest.mark.slow
 def test_a_fork_of_a_run_with_a_rollback_never_had_the_task(guarded, driven, breaks, tmp_path, tiny_tasks):
     breaks("stripes")
-    folder = driven(guarded(tmp_path / "run", [0, 1, 2], on_failure="rollback"))
+    bounds = ("individual", "joint")
+    folder = driven(guarded(tmp_path / "run", [0, 1, 2], bounds, on_failure="rollback"))
     config = fork(folder, 2, tmp_path / "fork")
     assert [Path(task).stem for task in config.tasks] == ["colours", "corners"]
+    # The bounds have learned it, and learn the others again.
+    assert not any((tmp_path / "fork" / label).exists() for label in bounds)
+    driven(config)
+    never = driven(guarded(tmp_path / "never", [0, 2], bounds, on_failure="rollback"))
+    for label in (*bounds, "keeplora"):
+        matrix = f"{label}/matrix.json"
+        assert (tmp_path / "fork" / matrix).read_text() == (never / matrix).read_text(), label
     for name in ("delta", "state"):
         path = f"keeplora/task-02-corners/{name}.safetensors"
         assert (tmp_path / "fork" / path).read_bytes() == (folder / path).read_bytes()
