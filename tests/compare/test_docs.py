@@ -86,14 +86,14 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
         assert parse_config(jobs[-1].tree).data.root == "DATA"
         counts.append(len(jobs))
     assert counts == [
-        22 * 4,
+        23 * 4,
+        25 * 6,
+        23 * 5,
+        23 + 5,
         23 * 6,
-        22 * 5,
-        22 + 5,
-        22 * 6,
-        22 + 1,
+        23 + 1,
         12 * 3,
-        23 * 3,
+        24 * 3,
         2 * 3,
         2 * 3,
         20,
@@ -101,8 +101,8 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
         20,
         20,
         20 + 1,
-        22 + 6,
-        22,
+        23 + 6,
+        23,
         2 * 3 * 2,
         4 * 2,
         4 * 3,
@@ -155,7 +155,8 @@ def test_the_learned_tables_tune_every_method_of_their_family_alike_and_never_th
 ):
     table = load_table(name)
     methods = {label for label, method in METHODS.items() if family in method.info.families}
-    presets = {"balanced": "distillation", "balanced-rejection": "rejection"} if family == "clip" else {}
+    weights = {"balanced": "distillation", "task-lora-balanced": "distillation"}
+    presets = weights | {"balanced-rejection": "rejection"} if family == "clip" else {}
     variants = {*presets, "task-lora-rejection"}
     assert set(table.methods) == methods - left_out - {"zero-shot"} | variants
     settings = {

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_keeplora.compare import load_table
-from llava_keeplora.methods import METHODS
+from llava_keeplora.compare.jobs import table_jobs
+from llava_keeplora.config import make_method, parse_config
 
 ROOT = Path(__file__).parents[2]
 RUNS = json.loads((ROOT / "docs/results/table-learned.json").read_text())
@@ -37,6 +38,7 @@ UNDRAWN = {
     "eblora, distillation 10",
     "balanced, random A",
     "balanced, interpolation 0.5",
+    "task-lora-balanced, λ 10",
 }
 NAMES = {"Transfer": "transfer", "Average": "average", "Last": "last", "Forgetting": "forgetting"}
 
@@ -103,15 +105,19 @@ def test_the_curves_are_those_of_the_settings_tried():
             assert cell == f"{mark}{scores}{mark}", (label, rate)
 
 
-def test_the_weights_of_the_balanced_preset_are_those_of_the_settings_tried():
-    (rows,) = [rows for header, rows in tables(LEARNED) if header[0] == "distillation"]
-    tried = {one["settings"]["distillation"]: one for one in TRIED if one["label"] == "balanced"}
-    assert [int(row[0]) for row in rows] == sorted(tried)
-    for weight, cell in rows:
-        metrics = tried[int(weight)]["metrics"]
-        assert cell == ", ".join(f"{metrics[name]:.1f}" for name in ("transfer", "average", "last"))
-    preset = METHODS["keeplora"].Options(preset="balanced")
-    assert METHODS["keeplora"](preset).distillation == next(w for w, one in tried.items() if one["chosen"])
+def test_the_weights_of_the_balanced_rows_are_those_of_the_settings_tried():
+    header, rows = next((header, rows) for header, rows in tables(LEARNED) if header[0] == "distillation")
+    assert header[1:] == ["balanced", "task-lora-balanced"]
+    table = load_table("table-learned")
+    for column, label in enumerate(header[1:], start=1):
+        tried = {one["settings"]["distillation"]: one for one in TRIED if one["label"] == label}
+        assert [int(row[0]) for row in rows] == sorted(tried)
+        for row in rows:
+            metrics, mark = tried[int(row[0])]["metrics"], "**" * tried[int(row[0])]["chosen"]
+            scores = ", ".join(f"{metrics[name]:.1f}" for name in ("transfer", "average", "last"))
+            assert row[column] == f"{mark}{scores}{mark}", (label, row)
+        row = parse_config(table_jobs(table, {label: table.methods[label]})["I"][0].tree).methods[label]
+        assert make_method(row).distillation == next(w for w, one in tried.items() if one["chosen"])
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +150,7 @@ def test_the_plot_of_the_readme_names_every_method_of_the_result_files_at_its_po
     assert names_in(axes) == set(FAST["I"]) - UNDRAWN | {"better"}
     colours = {text.get_text(): text.get_color() for text in axes.texts}
     named = {name for name, colour in colours.items() if colour != drawing.GREY}
-    assert named == {"zero-shot", "better", *drawing.SHOWN}
+    assert named == {"zero-shot", "better", *drawing.COLOURED}
 
 
 def test_the_variants_tried_are_those_of_the_result_file():
