@@ -24,6 +24,7 @@ from llava_keeplora.report.adopted import adopted_lines
 from llava_keeplora.report.tables import SCORE_COLUMNS, markdown_table, score_rows, summary_table
 from llava_keeplora.run_folder import SCORES, Stage, read_record
 from llava_keeplora_eval.markup import markdown_text
+from llava_keeplora_eval.matrix import BOUND
 from llava_keeplora_recipes import Recipe
 
 PLOT = "matrix.png"
@@ -119,15 +120,13 @@ def write_page(
         f"---\n{_metadata(learned, base, form, usage).to_yaml()}\n---",
         f"# {markdown_text(name.split('/')[-1])}",
         f"[{markdown_text(base.id)}](https://huggingface.co/{quote(base.id)}){at}, taught "
-        f"{counted(count, 'task')} one after another: {names}.\n"
+        f"{counted(count, 'task')}{_order(learned)}: {names}.\n"
         f"The method is `{record.name}` ([{record.title}]({record.url})), run by llava-keeplora "
         f"{importlib.metadata.version('llava-keeplora')}. " + own.what,
         "## How to load it",
         *own.loading,
         "## Scores",
-        "Each row is the model after one more task, each column a task's test score in percent; Transfer is "
-        "the mean before a task is learned, "
-        "Last the score after the final one.",
+        _rows(learned),
         f"![score of every task after every stage]({PLOT})",
         learned.matrix.markdown(),
         summary_table({learned.label: [learned.matrix]}),
@@ -144,6 +143,29 @@ def write_page(
         own.exactness,
     ]
     (folder / "README.md").write_text("\n\n".join(block.strip() for block in blocks) + "\n", encoding="utf-8")
+
+
+def _order(learned: LearnedRun) -> str:
+    """Return how several tasks were learned."""
+    if len(learned.deltas) == 1:
+        return ""
+    if learned.method.cumulative:
+        return " one after another"
+    together = learned.method.bound and not learned.method.separate_tasks
+    return " together" if together else ", each alone from the base"
+
+
+def _rows(learned: LearnedRun) -> str:
+    """Return what the rows of the matrix are."""
+    if learned.matrix.bound:
+        return (
+            f"Each column is a task's test score in percent; the row `{BOUND}` is what {learned.label} ends "
+            "at, which learns in no order, Last its mean."
+        )
+    return (
+        "Each row is the model after one more task, each column a task's test score in percent; Transfer is "
+        "the mean before a task is learned, Last the score after the final one."
+    )
 
 
 def _metadata(learned: LearnedRun, base: Base, form: str, usage: Usage) -> ModelCardData:

@@ -148,6 +148,26 @@ def test_updates_of_whole_weights_are_refused_as_an_adapter_with_the_form_that_h
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "order"),
+    [
+        ("joint", " together"),
+        ("individual", ", each alone from the base"),
+        ("merge", ", each alone from the base"),
+        ("lwf", " one after another"),
+    ],
+)
+def test_a_card_says_how_tasks_were_learned_and_what_the_rows_of_its_scores_are(
+    method, order, later, tmp_path
+):
+    export_run(later(method), "state", tmp_path / "state", base_id=BASE_ID)
+    card = (tmp_path / "state/README.md").read_text()
+    assert f"taught 2 tasks{order}: " in card
+    bound = METHODS[method].bound
+    assert ("the row `bound` is what" in card) == bound == ("after one more task" not in card)
+
+
+@pytest.mark.slow
 def test_every_adapter_of_the_set_of_individual_answers_its_own_task_as_the_run_did(later, base, tmp_path):
     run, (folder, cls) = later("individual"), base("individual")
     done = export_set(run, tmp_path / "set", base_id=BASE_ID, each="task")

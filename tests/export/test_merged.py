@@ -137,7 +137,7 @@ def test_a_large_checkpoint_is_written_in_shards_and_the_tasks_before_the_last_a
     index = json.loads((tmp_path / "sharded/model.safetensors.index.json").read_text())
     assert done.tasks == 1 and len(set(index["weight_map"].values())) > 1
     card = (tmp_path / "sharded/README.md").read_text()
-    assert "taught 1 task one after another: questions." in card and "library_name: transformers" in card
+    assert "taught 1 task: questions." in card and "library_name: transformers" in card
 
 
 @pytest.mark.slow
