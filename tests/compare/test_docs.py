@@ -71,7 +71,7 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
         (DOCS / f"{name}.md").read_text() for name in ("results", "results-tried", "results-published-regime")
     ]
     commands = re.findall(r"^    llava-keeplora (.*)$", "\n".join(pages), re.M)
-    assert len(commands) == 28
+    assert len(commands) == 29
     counts = []
     for command in commands:
         args = cli.parse_arguments(cli.build_parser(), shlex.split(command))
@@ -87,7 +87,7 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
         counts.append(len(jobs))
     assert counts == [
         23 * 4,
-        25 * 6,
+        26 * 6,
         23 * 5,
         23 + 5,
         23 * 6,
@@ -96,6 +96,7 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
         24 * 3,
         2 * 3,
         2 * 3,
+        20,
         20,
         20,
         20,

@@ -18,6 +18,7 @@ FAST = json.loads((ROOT / "docs/results/table-learned-fast.json").read_text())
 GUARD = json.loads((ROOT / "docs/results/table-guard.json").read_text())
 TRIED = json.loads((ROOT / "docs/results/table-learned-tried.json").read_text())
 LLAVA_HALF = json.loads((ROOT / "docs/results/table-learned-llava-400.json").read_text())
+LLAVA_TRIED = json.loads((ROOT / "docs/results/table-learned-llava-tried.json").read_text())
 LLAVA_RUNS = json.loads((ROOT / "docs/results/table-learned-llava.json").read_text())
 ABLATIONS = json.loads((ROOT / "docs/results/table-learned-ablations.json").read_text())
 VARIANTS = json.loads((ROOT / "docs/results/table-learned-variants.json").read_text())
@@ -39,6 +40,7 @@ UNDRAWN = {
     "balanced, random A",
     "balanced, interpolation 0.5",
     "task-lora-balanced, λ 10",
+    "task-lora-balanced, given task",
 }
 NAMES = {"Transfer": "transfer", "Average": "average", "Last": "last", "Forgetting": "forgetting"}
 
@@ -64,6 +66,7 @@ def shown(numbers, name):
 def test_the_tables_of_the_learned_regime_are_those_of_the_result_file(text):
     files = {"method": RUNS["I"], "order 1 at 2e-3": FAST["I"], "order 2 at 2e-3": FAST["II"]}
     files |= {"order I at 2e-3": LLAVA_RUNS["I"], "order I, 400 images": LLAVA_HALF["I"]}
+    files["order I, tuned by Average"] = LLAVA_RUNS["tuned"]
     found = [(header, rows) for header, rows in tables(text) if header[0] in files and header[-1] == "n"]
     assert found
     for header, rows in found:
@@ -90,11 +93,14 @@ def test_the_ablations_are_those_of_the_result_file_and_its_means_those_of_its_r
                 assert numbers[f"{name}_sd"] == pytest.approx(statistics.stdev(values))
 
 
-def test_the_curves_are_those_of_the_settings_tried():
-    header, rows = next((header, rows) for header, rows in tables(LEARNED) if header[0] == "tuned by Average")
+@pytest.mark.parametrize(
+    ("text", "settings"), [(LEARNED, TRIED), (LLAVA, LLAVA_TRIED)], ids=["CLIP", "LLaVA"]
+)
+def test_the_curves_are_those_of_the_settings_tried(text, settings):
+    header, rows = next((header, rows) for header, rows in tables(text) if header[0] == "tuned by Average")
     tried = {
         (one["label"], one["settings"]["training"]["learning_rate"]): one
-        for one in TRIED
+        for one in settings
         if "training" in one["settings"]
     }
     assert {(row[0], float(rate)) for row in rows for rate in header[1:]} == set(tried)
