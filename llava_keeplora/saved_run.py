@@ -49,8 +49,9 @@ from llava_keeplora_recipes.strict_yaml import is_file_name
 logger = logging.getLogger(__name__)
 
 #: Settings of methods that older versions did not have → the values with which a run has the identity of one
-#: without them. A preset's own `rejection` is the exception: 0 switches it off.
+#: without them. A preset's own `distillation` or `rejection` is the exception: 0 switches it off.
 LATER_OPTIONS: dict[str, Sequence[Any]] = {
+    "distillation": (0.0, None),
     "feature_rule": ("energy",),
     "plasticity": (20.0,),
     "rejection": (0.0, None),
@@ -161,8 +162,8 @@ def with_recorded_defaults(config: RunConfig) -> RunConfig:
 
 def _identity_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return a method's settings without those that older versions do not have, if they do nothing."""
-    rejects = RULES.get(str(options.get("preset")), RULES["paper"]).rejection > 0
-    later = LATER_OPTIONS | ({"rejection": (None,)} if rejects else {})
+    rules = RULES.get(str(options.get("preset")), RULES["paper"])
+    later = LATER_OPTIONS | {key: (None,) for key in ("distillation", "rejection") if getattr(rules, key) > 0}
     return _without_idle_router({k: value for k, value in options.items() if value not in later.get(k, ())})
 
 
