@@ -159,7 +159,9 @@ def test_the_preset_with_rejection_is_the_balanced_one_and_a_share_and_does_not_
     assert other.prototypes.rejection == 0.2
 
 
-def test_a_rejection_or_distillation_of_0_is_none_with_every_preset_and_another_run_than_the_presets(run_config, tmp_path):
+def test_a_rejection_or_distillation_of_0_is_none_with_every_preset_and_another_run_than_the_presets(
+    run_config, tmp_path
+):
     off = KeepLora(KeepLora.Options(preset="balanced-rejection", rejection=0.0))
     assert off.mergeable and not off.keeps_prototypes and off.distillation == 10.0
 
