@@ -24,7 +24,7 @@ from llava_keeplora.report.figures import LIGHT, bare, encode, new_figure
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
 DOCS = Path(__file__).parents[1] / "docs"
-#: The methods in colour: those with settings tried, and `balanced-rejection`, which has that of `balanced`.
+#: The methods in colour, in the README's plot with their names; the others are grey.
 COLOURED = ("seq-lora", "keeplora", "balanced", "task-lora-balanced", "eblora", "balanced-rejection")
 
 
@@ -47,7 +47,7 @@ def tradeoff():
 
 
 def readme_tradeoff():
-    """Return the plot of the README: the rows at 2e-3, those in colour by name and colour."""
+    """Return the plot of the README: the rows at 2e-3."""
     rows, looks = fast_rows(), method_looks(COLOURED)
     looks = {label: looks[label] | {"markersize": 8} for label in (*COLOURED, ZERO_SHOT)}
     figure = new_figure((7.6, 4.8), LIGHT)

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llava_keeplora.host_memory import keep_freed_memory
-
 if TYPE_CHECKING:
     from llava_keeplora.config import RunConfig
     from llava_keeplora.report.run_matrix import RunMatrix
@@ -41,6 +39,8 @@ def prepared_process() -> Iterator[type[Run]]:
     Yields:
         the class `Run`.
     """
+    from llava_keeplora.host_memory import keep_freed_memory
+
     keep_freed_memory()
     with without_collection():
         import datasets

@@ -48,7 +48,7 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
         RunError: if the run has fewer finished tasks, one of their files is damaged, or `into` is not empty.
     """
     source, into = load_run(run), Path(into)
-    old, labels = Workspace(source), (ZERO_SHOT, *source.methods)
+    old = Workspace(source)
     kept = _kept_places(source, old)
     if not kept:
         raise RunError(f"every task of {run} was rolled back", "fork a run that has kept one")
@@ -64,21 +64,20 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
     config = dataclasses.replace(source.of_tasks(kept[:at_task]), output_dir=str(into))
     names, guarded = run_identity(config)["tasks"], source.guard is not None
     bounds = _bounds(source)
-    open_labels = bounds if len(kept) < len(source.tasks) else set()
+    # A bound has learned what the methods have rolled back, and begins anew.
+    whole = len(kept) == len(source.tasks)
+    copied = {label: method for label, method in source.methods.items() if whole or label not in bounds}
     journals = {
-        label: []
-        if label in open_labels
-        else _finished(old.label(label), at_task, len(kept), label != ZERO_SHOT, guarded)
-        for label in labels
+        label: _finished(old.label(label), at_task, len(kept), label != ZERO_SHOT, guarded)
+        for label in (ZERO_SHOT, *copied)
     }
-    for label, method in source.methods.items():
+    for label, method in copied.items():
         if not make_method(method).scored(at_task, len(kept)):
             journals[label] = [entry for entry in journals[label] if entry.task < at_task]
     with translate_errors(into), whole_folder(into) as tmp_dir:
         new = Workspace(config, tmp_dir)
         for label, entries in journals.items():
-            if label not in open_labels:
-                _copy(old.label(label), new.label(label), entries, names, label in bounds)
+            _copy(old.label(label), new.label(label), entries, names, label in bounds)
         for path in (old.root / VERSIONS, *(kept_recipe(old.root, name) for name in names)):
             if path.exists():
                 write_bytes(tmp_dir / path.relative_to(old.root), path.read_bytes())
