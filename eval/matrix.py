@@ -103,7 +103,8 @@ class Matrix:
         """Set one score.
 
         Args:
-            after: the last trained task by name or column, or None for the zero-shot row.
+            after: the last trained task by name or column, or None for the zero-shot row. All of a bound's
+                scores (`of_bound`) are in its one row, the last, whatever the task.
             task: the scored task by name or column.
             value: the score in percent.
 
@@ -117,7 +118,15 @@ class Matrix:
                 self.zero_shot = [None] * len(self.tasks)
             self.zero_shot[column] = value
         else:
-            self.rows[self.index(after)][column] = value
+            self.rows[-1 if self.of_bound else self.index(after)][column] = value
+
+    def scores_after(self, task: int | str) -> list[float | None]:
+        """Return the row of scores after a task, by name or by column; of a bound, its one row, the last.
+
+        Raises:
+            EvalError: there is no such task.
+        """
+        return self.rows[-1 if self.bound else self.index(task)]
 
     @property
     def complete(self) -> bool:

@@ -213,8 +213,7 @@ def _matrix(journal: Journal) -> Iterator[UserError]:
         gone = rolled_back(journal.entries)
         kept = [place for place, name in enumerate(matrix.tasks) if name not in gone]
         for task, path in scores:
-            # All of a bound's scores are in its one row, the last.
-            after = matrix.rows[-1 if matrix.bound else kept[task - 1]] if task else matrix.zero_shot or ()
+            after = matrix.scores_after(kept[task - 1]) if task else matrix.zero_shot or ()
             row = dict(zip(matrix.tasks, after))
             wrong = [name for name, score in read_record(path).items() if row.get(name) != score["score"]]
             if wrong:

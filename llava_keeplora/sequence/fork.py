@@ -141,9 +141,8 @@ def _copy(source: Path, target: Path, entries: Sequence[Entry], names: Sequence[
             name = entry.file(SCORES)
             scores = {task: score for task, score in read_record(target / name).items() if task in names}
             files[name] = write_json(target / name, scores)
-            row = len(names) if bound else entry.task
             for task, score in scores.items():
-                matrix.set_cell(row - 1 if entry.task else None, task, score["score"])
+                matrix.set_cell(entry.task - 1 if entry.task else None, task, score["score"])
         info = (
             entry.info | {"tasks": [task for task in entry.info["tasks"] if task["task"] in names]}
             if (entry.task, entry.stage) == PLAN

@@ -210,9 +210,9 @@ class MethodRun(MethodState):
         if index == 0:
             return f"{ZERO_SHOT}: {_mean(self.matrix.zero_shot):.1f} % on average over all tasks"
         place, seconds = self.places[index - 1], self.journal.entries[-1].info["seconds"]
-        row = self.matrix.rows[place - 1]
+        row = self.matrix.scores_after(place - 1)
         if self.method.bound:
-            scores = [self.matrix.rows[-1][self.tasks.index(task)] for task in self.scored(index)]
+            scores = [row[self.tasks.index(task)] for task in self.scored(index)]
             mean = f": {_mean(scores):.1f} % on average over the tasks that it scores" if scores else ""
             return f"{self.config.label} {self._where(index)}{mean}, in {duration(seconds)}"
         so_far = _mean([row[learned - 1] for learned in self.places[:index]])

@@ -223,8 +223,6 @@ class MethodState:
 
     def _rows(self, index: int) -> list[int | None]:
         """Return the matrix's rows of the model after a task: its own, and those of next ones rolled back."""
-        if index and self.method.bound:
-            return [len(self.tasks) - 1]
         place = self.places[index - 1] if index else 0
         rows: list[int | None] = [place - 1 if index else None]
         for task in self.context.tasks[place:]:

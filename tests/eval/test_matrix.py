@@ -230,3 +230,17 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "matrix.json")
     with pytest.raises(EvalError, match="is a pipe"):
         Matrix.from_json(tmp_path / "matrix.json")
+
+
+def test_scores_of_a_bound_are_all_in_its_one_row_whichever_task_they_are_measured_after():
+    bound = Matrix(["a", "b"], of_bound=True)
+    bound.set_cell(None, "a", 10.0)
+    bound.set_cell("a", "a", 90.0)
+    bound.set_cell("b", "b", 80.0)
+    assert (bound.zero_shot, bound.rows) == ([10.0, None], [[None, None], [90.0, 80.0]])
+    assert bound.scores_after("a") == bound.scores_after(1) == [90.0, 80.0]
+
+    method = Matrix(["a", "b"], rows=[[90.0, 20.0], [85.0, 80.0]])
+    assert method.scores_after("a") == [90.0, 20.0]
+    with pytest.raises(EvalError, match="no task number 2"):
+        method.scores_after(2)
