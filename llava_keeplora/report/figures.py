@@ -204,17 +204,30 @@ def encode(figure: Figure, kind: str) -> bytes:
         figure: what to draw; made with ``new_figure``, so that pyplot and its backend are never touched.
         kind: ``png`` or ``svg``.
     """
-    buffer = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else {}  # no clock in the file
-    figure.savefig(buffer, format=kind, dpi=DPI, facecolor=figure.get_facecolor(), metadata=metadata)
+    if kind == "png":
+        data = _with_few_colours(_drawn(figure))
+    else:
+        buffer = io.BytesIO()
+        no_clock = {"Date": None}
+        figure.savefig(buffer, format=kind, dpi=DPI, facecolor=figure.get_facecolor(), metadata=no_clock)
+        data = buffer.getvalue()
     # The layout is computed once; the second file is drawn with the same one. The name "none" would leave an
     # engine that does nothing, for which matplotlib goes through the whole drawing once more.
     figure.set_layout_engine(None)
-    return buffer.getvalue() if kind == "svg" else _with_few_colours(buffer)
+    return data
 
 
-def _with_few_colours(png: io.BytesIO) -> bytes:
-    image = Image.open(png).convert("RGB")
+def _drawn(figure: Figure) -> Image.Image:
+    """Return the plot's pixels, drawn once: `savefig` goes through the drawing twice, and writes a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # see new_figure
+
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+
+
+def _with_few_colours(image: Image.Image) -> bytes:
     quantized = image.quantize(PNG_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     # Quantization may shift the background's colour a little, but it must be exactly the page's.
     palette, number, colour = quantized.getpalette(), quantized.getpixel((0, 0)), image.getpixel((0, 0))
