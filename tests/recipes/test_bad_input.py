@@ -1,10 +1,11 @@
 """Every kind of bad data is refused with one sentence that says what, where, and the cure."""
 
 import re
+import threading
 
 import pytest
 
-from llava_keeplora_recipes import RecipeError, load_recipe, load_split
+from llava_keeplora_recipes import RecipeError, images, load_recipe, load_split
 
 
 def refusal(recipe, split="train", root=None, **options) -> str:
@@ -155,6 +156,25 @@ def test_bad_images_can_be_dropped_and_are_recorded(pets, tmp_path, caplog):
     assert data.dropped == ["train/cat/0.png", "train/cat/1.png"]
     assert len(data) == 10 and not set(data.dropped) & set(data.ids)
     assert "2 of 12 images of pets/train cannot be read: 2 of 12 examples are left out" in caplog.text
+
+
+def test_quick_images_are_examined_by_one_thread_and_slow_ones_by_several_alike(pets, tmp_path, monkeypatch):
+    break_images(tmp_path)
+    examine, threads, read = images.EncodedImages._examine, [], []
+    monkeypatch.setattr(
+        images.EncodedImages,
+        "_examine",
+        lambda self, row: (threads.append(threading.current_thread()), examine(self, row))[1],
+    )
+    monkeypatch.setattr(images, "FIRST", 2)
+    monkeypatch.setattr(images, "BATCH", 3)
+    for quick, here in ((float("inf"), 12), (0.0, 2)):
+        monkeypatch.setattr(images, "QUICK", quick)
+        data = load_split(pets(), "train", on_bad_image="drop")
+        read.append((data.ids, data.dropped, data.fingerprint))
+        assert len(threads) == 12 and threads.count(threading.main_thread()) == here
+        threads.clear()
+    assert read[0] == read[1] and len(read[0][1]) == 2
 
 
 def test_another_word_for_what_to_do_with_bad_images_is_refused(pets):
