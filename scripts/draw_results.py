@@ -26,6 +26,7 @@ from llava_keeplora_eval.matrix import ZERO_SHOT
 DOCS = Path(__file__).parents[1] / "docs"
 #: The methods in colour, in the README's plot with their names; the others are grey.
 COLOURED = ("seq-lora", "keeplora", "balanced", "task-lora-balanced", "eblora", "balanced-rejection")
+LLAVA_COLOURED = ("seq-lora", "keeplora", "keeplora++", "eblora", "merge", "task-lora")
 
 
 def read(name: str) -> Any:
@@ -44,6 +45,19 @@ def tradeoff():
     orders = {"order 1, tuned by Average, test": read("")["I"], "order 1 at 2e-3, test": fast_rows()}
     labels = list(load_table("table-learned").methods)
     return tradeoff_figure(labels, [Tried(**one) for one in read("-tried")], orders, coloured=COLOURED)
+
+
+def llava_tradeoff():
+    """Return the plot of LLaVA: the settings tried, the tuned rows, and all rows with half of the images."""
+    runs = read("-llava")
+    labels = list(load_table("table-learned-llava").methods)
+    half = {label: row for label, row in read("-llava-400")["I"].items() if label in (ZERO_SHOT, *labels)}
+    orders = {
+        "order I, tuned by Average, test": runs["I"] | runs["tuned"],
+        "order I, 400 images, 2e-3, test": half,
+    }
+    tried = [Tried(**one) for one in read("-llava-tried")]
+    return tradeoff_figure(labels, tried, orders, coloured=LLAVA_COLOURED)
 
 
 def readme_tradeoff():
@@ -75,3 +89,4 @@ def readme_tradeoff():
 if __name__ == "__main__":
     (DOCS / "images/transfer-last.png").write_bytes(encode(readme_tradeoff(), "png"))
     (DOCS / "images/transfer-last-settings.png").write_bytes(encode(tradeoff(), "png"))
+    (DOCS / "images/transfer-last-llava.png").write_bytes(encode(llava_tradeoff(), "png"))

@@ -155,6 +155,18 @@ def test_the_plot_of_the_results_has_every_method_of_the_result_files(drawing):
     assert names_in(fast) == set(FAST["I"]) - UNDRAWN - coloured
 
 
+def test_the_plot_of_llava_has_every_method_of_its_result_files(drawing):
+    figure = drawing.llava_tradeoff()
+    (legend,) = figure.legends
+    coloured = {text.get_text() for text in legend.get_texts()}
+    assert coloured == {"zero-shot", *drawing.LLAVA_COLOURED}
+    tried, tuned, half = figure.axes
+    drawn = {line.get_label().removeprefix("_") for line in tried.lines}
+    assert drawn >= {one["label"] for one in LLAVA_TRIED} and names_in(tried) <= drawn - coloured
+    assert names_in(tuned) | coloured >= {*LLAVA_RUNS["I"], *LLAVA_RUNS["tuned"]}
+    assert names_in(half) == set(LLAVA_HALF["I"]) - {"keeplora++, rejection"} - coloured
+
+
 def test_the_plot_of_the_readme_names_every_method_of_the_result_files_at_its_point(drawing):
     (axes,) = drawing.readme_tradeoff().axes
     assert names_in(axes) == set(FAST["I"]) - UNDRAWN | {"better"}
