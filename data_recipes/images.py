@@ -121,18 +121,19 @@ class EncodedImages(Images):
         # Pillow and hashlib release the interpreter lock, so threads share the work; batches bound the number
         # of decoded images in memory.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, _bar(f"checking {label}", count) as bar:
-            examine, began = map, 0.0
+            quick, began = True, 0.0
             for start, end in pairwise([0, *range(FIRST, count, BATCH), count]):
                 rows = range(start, end)
-                for row, result in zip(rows, examine(self._examine, rows), strict=True):
+                results = (map if quick else pool.map)(self._examine, rows)
+                for row, result in zip(rows, results, strict=True):
                     if isinstance(result, str):
                         bad[row] = result
                     else:
                         self._take(row, *result)
                     bar.update()
                     began = began or time.perf_counter()  # The first image loads its format's reader.
-                if start == 0 and time.perf_counter() - began > QUICK * end:
-                    examine = pool.map
+                if start == 0:
+                    quick = time.perf_counter() - began <= QUICK * end
         self._listings = {}
         return bad
 
