@@ -34,10 +34,15 @@ def read(name: str) -> Any:
     return json.loads((DOCS / f"results/table-learned{name}.json").read_text())
 
 
+def rows_of_methods(table: str, name: str) -> dict[str, Any]:
+    """Return the rows of a result file's first order that are methods of the table, zero-shot or bounds."""
+    labels = load_table(table).methods
+    return {label: row for label, row in read(name)["I"].items() if label in (ZERO_SHOT, *labels)}
+
+
 def fast_rows() -> dict[str, Any]:
-    """Return the rows of order 1 at 2e-3 that are methods of the table, zero-shot or bounds."""
-    labels = load_table("table-learned").methods
-    return {label: row for label, row in read("-fast")["I"].items() if label in (ZERO_SHOT, *labels)}
+    """Return the rows of order 1 at 2e-3."""
+    return rows_of_methods("table-learned", "-fast")
 
 
 def tradeoff():
@@ -51,10 +56,9 @@ def llava_tradeoff():
     """Return the plot of LLaVA: the settings tried, the tuned rows, and all rows with half of the images."""
     runs = read("-llava")
     labels = list(load_table("table-learned-llava").methods)
-    half = {label: row for label, row in read("-llava-400")["I"].items() if label in (ZERO_SHOT, *labels)}
     orders = {
         "order I, tuned by Average, test": runs["I"] | runs["tuned"],
-        "order I, 400 images, 2e-3, test": half,
+        "order I, 400 images, 2e-3, test": rows_of_methods("table-learned-llava", "-llava-400"),
     }
     tried = [Tried(**one) for one in read("-llava-tried")]
     return tradeoff_figure(labels, tried, orders, coloured=LLAVA_COLOURED)

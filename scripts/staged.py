@@ -19,13 +19,10 @@ def seconds() -> float:
 
 def main() -> int:
     """Run the command line, and write what its stages took."""
-    from llava_keeplora.bitsandbytes_import import import_bitsandbytes
     from llava_keeplora.cli import main as command
-    from llava_keeplora.cli.run_sequence import without_collection
+    from llava_keeplora.cli.run_sequence import prepared_process
 
-    # As the command does: its libraries' compiler is not loaded, nor is garbage collected during imports.
-    with without_collection():
-        import_bitsandbytes()
+    with prepared_process():  # with the imports of the command
         from llava_keeplora.sequence import method_run
 
     taken, last = [], [0.0]

@@ -39,10 +39,13 @@ def prepared_process() -> Iterator[type[Run]]:
     Yields:
         the class `Run`.
     """
+    from llava_keeplora.bitsandbytes_import import import_bitsandbytes
     from llava_keeplora.host_memory import keep_freed_memory
 
     keep_freed_memory()
     with without_collection():
+        import_bitsandbytes()  # Before the libraries below import it, with torch's compiler.
+
         import datasets
         import transformers
 

@@ -47,6 +47,16 @@ ARCHIVE = Path(__file__).parents[1] / "golden/release-0.1.0.tar.gz"
 TRAIN, EVAL = "llava_keeplora.cli:main", "llava_keeplora_eval.cli:main"
 
 
+def heavy_after(commands, folder):
+    """The heavy modules that are there after each of some commands, run one after another in a new interpreter."""
+    words = [json.dumps(HEAVY), json.dumps(list(commands))]
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
+    assert not any(code for code, _ in rows) and len(rows) == len(commands), done.stderr
+    return [set(modules) for _, modules in rows]
+
+
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
     """Command → the heavy modules that are there after it and those before it."""
@@ -71,14 +81,7 @@ def imported(tmp_path_factory):
         "plan": [TRAIN, "plan", "--config", "demo", "sequence=null", "tasks=[shapes]"],
         "train": ["llava_keeplora.sequence"],
     }
-    words = [json.dumps(HEAVY), json.dumps(list(commands.values()))]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, cwd=folder / "old"
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
-    assert not any(code for code, _ in rows) and len(rows) == len(commands), done.stderr
-    return {name: set(modules) for name, (_, modules) in zip(commands, rows)}
+    return dict(zip(commands, heavy_after(commands.values(), folder / "old"), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -107,3 +110,11 @@ def test_a_plan_neither_draws_nor_scores(imported):
 def test_a_run_draws_and_scores_without_waiting_at_its_start(imported):
     # The Trainer brings in the others.
     assert not imported["train"] & {"matplotlib", "evaluate", "deepspeed"}
+
+
+def test_a_command_that_loads_no_configuration_before_its_run_starts_without_the_compiler(tmp_path):
+    (tmp_path / "extends.py").write_text(
+        "from llava_keeplora.cli.run_sequence import prepared_process\nwith prepared_process():\n    pass\n"
+    )
+    (modules,) = heavy_after([["extends"]], tmp_path)
+    assert "peft" in modules and "torch._inductor.compile_fx" not in modules

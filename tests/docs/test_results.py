@@ -143,26 +143,25 @@ def names_in(axes):
     return {text.get_text() for text in axes.texts}
 
 
-def test_the_plot_of_the_results_has_every_method_of_the_result_files(drawing):
-    figure = drawing.tradeoff()
+def panels(figure, methods, settings):
+    """Check legend and first panel of a plot, and return the names in its legend and the other two panels."""
     (legend,) = figure.legends
     coloured = {text.get_text() for text in legend.get_texts()}
-    assert coloured == {"zero-shot", *drawing.COLOURED}
-    tried, tuned, fast = figure.axes
+    assert coloured == {"zero-shot", *methods}
+    tried, tuned, other = figure.axes
     drawn = {line.get_label().removeprefix("_") for line in tried.lines}
-    assert drawn >= {one["label"] for one in TRIED} and names_in(tried) <= drawn - coloured
+    assert drawn >= {one["label"] for one in settings} and names_in(tried) <= drawn - coloured
+    return coloured, tuned, other
+
+
+def test_the_plot_of_the_results_has_every_method_of_the_result_files(drawing):
+    coloured, tuned, fast = panels(drawing.tradeoff(), drawing.COLOURED, TRIED)
     assert names_in(tuned) | coloured >= set(RUNS["I"])
     assert names_in(fast) == set(FAST["I"]) - UNDRAWN - coloured
 
 
 def test_the_plot_of_llava_has_every_method_of_its_result_files(drawing):
-    figure = drawing.llava_tradeoff()
-    (legend,) = figure.legends
-    coloured = {text.get_text() for text in legend.get_texts()}
-    assert coloured == {"zero-shot", *drawing.LLAVA_COLOURED}
-    tried, tuned, half = figure.axes
-    drawn = {line.get_label().removeprefix("_") for line in tried.lines}
-    assert drawn >= {one["label"] for one in LLAVA_TRIED} and names_in(tried) <= drawn - coloured
+    coloured, tuned, half = panels(drawing.llava_tradeoff(), drawing.LLAVA_COLOURED, LLAVA_TRIED)
     assert names_in(tuned) | coloured >= {*LLAVA_RUNS["I"], *LLAVA_RUNS["tuned"]}
     assert names_in(half) == set(LLAVA_HALF["I"]) - {"keeplora++, rejection"} - coloured
 
