@@ -2,6 +2,7 @@
 
     python scripts/bench_long.py            # 30 tasks, minutes
     python scripts/bench_long.py --tasks 12
+    python scripts/bench_long.py --method "{method: task-lora, rejection: 0.05}"
 
 KeepLoRA on the embedded CLIP learns small rendered tasks of 16 training and 16 test images, one epoch each.
 The first table has the seconds of processor time of every stage of some tasks of the longest run. The second
@@ -59,7 +60,7 @@ def write_tasks(folder: Path, count: int) -> list[str]:
     return files
 
 
-def train(folder: Path, tasks: list[str]) -> tuple[Usage, list[list]]:
+def train(folder: Path, tasks: list[str], method: str) -> tuple[Usage, list[list]]:
     """Run or resume a run of tasks; return what it took, and what its stages took."""
     output = f"run-{len(tasks)}"
     usage = run_command(
@@ -73,7 +74,7 @@ def train(folder: Path, tasks: list[str]) -> tuple[Usage, list[list]]:
             output,
             "sequence=null",
             f"tasks=[{','.join(tasks)}]",
-            "methods={keeplora: {}}",
+            f"methods={{row: {method}}}",
             "training.num_train_epochs=1",
         ],
         folder,
@@ -86,7 +87,7 @@ def stage_rows(taken: list[list], shown: list[int]) -> list[list[str]]:
     """Return a row for each stage: its seconds in some of the tasks."""
     seconds: dict[tuple[str, int], float] = defaultdict(float)
     for label, task, stage, value in taken:
-        if label == "keeplora":
+        if label == "row":
             seconds[stage, task] += value
     return [[stage, *(f"{seconds[stage, task]:.2f}" for task in shown)] for stage in STAGES]
 
@@ -105,6 +106,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tasks", type=int, default=30, help="number of tasks (default: 30)")
+    parser.add_argument(
+        "--method", default="{method: keeplora}", help="a method as in `methods` (default: %(default)s)"
+    )
     args = parser.parse_args()
     shown = sorted({max(1, args.tasks // 6), max(1, args.tasks // 2), args.tasks})
     rows: dict[str, list[str]] = defaultdict(list)
@@ -112,8 +116,8 @@ def main() -> None:
         folder = Path(name)
         tasks = write_tasks(folder, args.tasks)
         for count in shown:
-            usage, taken = train(folder, tasks[:count])
-            again, _ = train(folder, tasks[:count])
+            usage, taken = train(folder, tasks[:count], args.method)
+            again, _ = train(folder, tasks[:count], args.method)
             report = run_command(
                 [sys.executable, "-m", "llava_keeplora.cli", "report", f"run-{count}"], folder, threads=1
             )

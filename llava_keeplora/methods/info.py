@@ -59,6 +59,10 @@ def check_effect(options: Any, names: Sequence[str], other: str, value: Any = AN
         raise IdleOptionError(name, defaults[name], when, cure)
 
 
+#: The families in words, as lists name them; a plug-in's has its name.
+IN_WORDS = {"clip": "models of two encoders", "llava": "models that write"}
+
+
 @dataclass(frozen=True)
 class MethodInfo:
     """Description of a method for lists and tables.
@@ -99,9 +103,10 @@ class MethodInfo:
         inputs = ["reference data"] * self.reference_data + ["the task at test time"] * self.task_id_at_test
         cost = [] if self.inference_cost == "none" else [f"extra at test: {self.inference_cost}"]
         merging = "merges" if self.mergeable else "does not merge"
+        families = [IN_WORDS.get(family, family) for family in self.families]
         return "; ".join(
             [
-                " and ".join(self.model_types or self.families),
+                f"{', '.join(self.model_types)} only" if self.model_types else " and ".join(families),
                 *(f"needs {extra}" for extra in inputs),
                 *cost,
                 f"{merging} ({self.variants})" if self.variants else merging,

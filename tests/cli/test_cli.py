@@ -106,10 +106,10 @@ def test_list_names_everything(capfd):
     out = capfd.readouterr().out
     assert all(name in out for name in ("keeplora", "seq-lora", "demo", "digits"))
     needs = (
-        "clip and llava; merges",
-        "clip; needs reference data; merges",
-        "clip; needs the task at test time; extra at test: one product with the image features; does not merge "
-        "(`rejection`: the base answers what resembles no learned task)",
+        "models of two encoders and models that write; merges",
+        "models of two encoders; needs reference data; merges",
+        "models of two encoders; needs the task at test time; extra at test: one product with the image features; "
+        "does not merge (`rejection`: the base answers what resembles no learned task)",
     )
     assert all(f" {words}\n" in out for words in needs), "what a method asks for stands below it"
 

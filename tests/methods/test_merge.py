@@ -371,7 +371,8 @@ def test_condu_s_record_says_what_it_keeps_and_costs_and_the_list_that_it_does_n
     assert "a mask" in given.info.extra_parameters and "prototypes" not in given.info.extra_parameters
     assert given.info.kept == Merge.info.kept and given.info.task_id_at_test
     for rule in ("mean", "ties", "wise-ft"):
-        assert method(rule=rule).info.needs == "clip and llava; merges" and method(rule=rule).mergeable
+        needs = "models of two encoders and models that write; merges"
+        assert method(rule=rule).info.needs == needs and method(rule=rule).mergeable
     assert "; merges (`condu`: does not merge, " in Merge.info.needs
 
 
