@@ -297,6 +297,10 @@ def label_rows(
         for label, row in rows.items()
         if row["transfer_mean"] is not None
     }
-    bounds = [row["last_mean"] for row in rows.values() if row["transfer_mean"] is None and row["last_mean"]]
+    bounds = [
+        row["last_mean"]
+        for row in rows.values()
+        if row["transfer_mean"] is None and row["last_mean"] is not None
+    ]
     named = {label: colour for label, colour in colours.items() if label in points}
     label_points(axes, points, bounds, named, palette, **text)
