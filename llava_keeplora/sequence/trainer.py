@@ -254,9 +254,9 @@ class TaskTrainer(Trainer):
         """Return the batches of an optimiser step and their total weight, each example of an epoch once.
 
         If the last step of an epoch has fewer examples than it could hold, accelerate fills the processes'
-        batches up with examples from the epoch's beginning. These are removed again, so that any number of
-        processes takes the same steps as one process. A process that is left without examples keeps one that
-        does not count.
+        batches up with examples from the epoch's beginning. These are removed again, and each batch counts by
+        its examples, so that a step is the mean over them for any number of processes and batches. A process
+        that is left without examples keeps one that does not count.
         """
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
         # A mixture's batches are weighted as they are made.
@@ -265,8 +265,7 @@ class TaskTrainer(Trainer):
         size, world = self.args.train_batch_size, self.accelerator.num_processes
         last = len(self.train_dataset) % (size * world)
         if (
-            world == 1
-            or not last
+            not last
             or self.args.dataloader_drop_last
             or not batches
             or not self.accelerator.gradient_state.end_of_dataloader
@@ -276,8 +275,10 @@ class TaskTrainer(Trainer):
         examples = min(max(0, last - self.args.process_index * size), size)
         batches[-1] = task.first(padded, max(examples, 1))
         self._rows[-1] = self._rows[-1][: max(examples, 1)]
-        # Times `world`, because the processes' gradients are averaged.
-        self._shares[-1] = examples * world / last
+        # The Trainer takes the mean over the batches, and the processes' gradients are averaged.
+        full = len(batches) - 1
+        total, scale = full * size * world + last, world * len(batches)
+        self._shares = deque(own * scale / total for own in [*[size] * full, examples])
         if counted is not None:
             weight = task.weight(batches[-1]) if examples else 0
             surplus = torch.tensor(task.weight(padded) - weight, device=device)

@@ -40,6 +40,23 @@ def test_tasks_in_two_processes_end_as_in_one(family, stage, count, trees, refer
     assert answers(references(family, count)) == answers(tmp_path / "two")
 
 
+@pytest.mark.slow
+def test_batches_accumulated_in_two_processes_train_as_one_batch(
+    trees, driven, launch, written, script, tmp_path
+):
+    # 24 images in one step: two batches of 10, five of each in a process, and one of four, all in the first.
+    tree = first_tasks(trees["clip"](), 1)
+    tree["training"] = tree["training"] | {"per_device_train_batch_size": 24}
+    driven(parse_config(tree | {"output_dir": str(tmp_path / "one")}))
+    tree["training"] |= {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3}
+    code, _, err = launch(
+        [sys.executable, script], "--config", written(tree), "--output-dir", tmp_path / "two", processes=2
+    )
+    assert code == 0, err
+    apart = distances(tmp_path / "one", tmp_path / "two")
+    assert max(apart.values()) < 1e-5, apart
+
+
 SKETCHED = """
 import math, runpy
 from llava_keeplora.methods import presets
