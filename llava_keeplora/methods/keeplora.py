@@ -346,6 +346,7 @@ class KeepLora(KeptFeatures, RejectingMethod):
                     for name in again
                     if not getattr(directions[name], "reached", True)
                 },
+                self.options.feature_rule,
             )
         report = ctx.report.setdefault("feature_energy", {})
         for name, of_layer in directions.items():

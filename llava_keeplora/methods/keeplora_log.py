@@ -74,15 +74,18 @@ def log_gradient_estimates(task: str, numbers: Mapping[str, Mapping[str, Any]]) 
         )
 
 
-def warn_unreached_energy(ctx: TaskContext, held: Mapping[str, float]) -> None:
-    """Warn of layers whose sketch is certain of less energy than ε_f, even after the second pass.
+def warn_unreached_energy(ctx: TaskContext, held: Mapping[str, float], rule: str) -> None:
+    """Warn of layers whose sketch is certain of fewer directions than asked for, even after the second pass.
 
     Args:
         ctx: the task's context.
         held: layer name → the fraction of energy that is certainly protected.
+        rule: the setting `feature_rule`.
     """
-    if held:
-        worst = min(held, key=held.get)
+    if not held:
+        return
+    worst = min(held, key=held.get)
+    if rule == "energy":
         logger.warning(
             "%s: the sketched features of %d layers don't reach energy_feature; %s certainly protects only "
             "%.3f of %s. Raise memory.statistics_gb, or lower energy_feature",
@@ -91,4 +94,14 @@ def warn_unreached_energy(ctx: TaskContext, held: Mapping[str, float]) -> None:
             worst,
             held[worst],
             ctx.layers[worst].energy_feature,
+        )
+    else:
+        logger.warning(
+            "%s: the sketched features of %d layers may have more directions that feature_rule: %s takes; "
+            "%s certainly protects %.3f of their energy. Raise memory.statistics_gb",
+            ctx.name,
+            len(held),
+            rule,
+            worst,
+            held[worst],
         )

@@ -52,8 +52,9 @@ class SketchedFeatureDirections(FeatureDirections):
         energy_error: standard error of `energy_before`, and thus of `energy_after`; 0 if no rows were left
             out.
         fewest: the exact second moment would have given between `fewest` and `rank` directions.
-        reached: whether the requested energy, or the limit, is reached; if not, `rank` is all that the sketch
-            has, and a second pass with `refined` or a larger sketch is needed.
+        reached: whether the requested energy, or the limit, is reached, or no other direction can exceed the
+            least energy of one; if not, `rank` is all that the sketch is certain of, and a second pass with
+            `refined` or a larger sketch is needed.
     """
 
     missed: float
@@ -261,10 +262,11 @@ class SketchedMoment:
         squared, directions = self._nystrom(tall)
         missed = max(0.0, total - inside - float(squared.sum()))
         rank = energy_rank(squared, energy, total=total, captured=inside)
-        if least:
-            limit = limited(above(squared, least * total), limit)
-        rank = limited(min(rank, int((squared > 0.0).sum())), limit)
+        taken, unsure = (above(squared + more, least * total) for more in (0.0, missed))
+        rank = limited(min(rank, int((squared > 0.0).sum()), taken), limit)
         held = inside + float(squared[:rank].sum())
+        # C's eigenvalues are N's and up to `missed` more, also those that N lacks.
+        sure = rank == taken == unsure and missed <= least * total
         return SketchedFeatureDirections(
             new=orthonormalize_against(tall, directions[:, :rank]).float().contiguous(),
             energy_before=inside / total,
@@ -273,7 +275,7 @@ class SketchedMoment:
             missed=missed / total,
             energy_error=error,
             fewest=min(rank, energy_rank(squared, energy, total=total, captured=inside + missed)),
-            reached=held >= (energy - ROUNDING) * total or rank == limit,
+            reached=held >= (energy - ROUNDING) * total or rank == limit or sure,
         )
 
     def held(self, basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]) -> float:

@@ -31,7 +31,7 @@ def held() -> int:
 def consolidated():
     """Function (layers, x, budget) → the report of a task whose features x every layer reads, and what sketches held in each pass."""
 
-    def run(found, x, budget):
+    def run(found, x, budget, **options):
         passes = []
 
         def features(make, fraction):
@@ -42,7 +42,7 @@ def consolidated():
             passes.append(held())
             return made
 
-        method = METHODS["keeplora"](METHODS["keeplora"].Options())
+        method = METHODS["keeplora"](METHODS["keeplora"].Options(**options))
         base, task = (
             TaskContext(i, "flat", found, None, features, seed=0, statistics_bytes=budget) for i in (0, 1)
         )
@@ -83,6 +83,23 @@ def test_layers_whose_sketch_misses_the_energy_are_reported_with_the_cure_and_th
     with caplog.at_level(logging.WARNING):
         report, _ = consolidated(layers(*[WIDTH] * 3), few, 3 * 12 * WIDTH * DIRECTIONS)
     assert not caplog.records and all(one["after"] >= 0.99 for one in report["feature_energy"].values())
+
+
+def test_the_rank_rule_takes_a_second_pass_where_the_first_may_have_missed_a_direction(
+    consolidated, flat, caplog
+):
+    x = flat * torch.arange(1, WIDTH + 1) ** -0.5
+    rule = {"feature_rule": "splitlora", "plasticity": 5.0, "protect_weights": False}
+    exact, _ = consolidated(layers(WIDTH, energy_feature=1.0), x, 10**9, **rule)
+    with caplog.at_level(logging.WARNING):
+        report, passes = consolidated(layers(WIDTH, energy_feature=1.0), x, 12 * WIDTH * DIRECTIONS, **rule)
+    (wanted,), (found,) = (one["feature_energy"].values() for one in (exact, report))
+    assert len(passes) == found["passes"] == 2 and wanted["new"] - 2 <= found["new"] <= wanted["new"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert not found["reached"] and line == (
+        "flat: the sketched features of 1 layers may have more directions that feature_rule: splitlora takes; "
+        f"l0 certainly protects {found['after']:.3f} of their energy. Raise memory.statistics_gb"
+    )
 
 
 @pytest.mark.parametrize("spare", [0, 10_000, 400_000])

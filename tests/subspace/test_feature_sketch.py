@@ -101,6 +101,28 @@ def test_what_the_sketch_claims_is_a_bound(sub, random_basis, decay, passes):
         assert sub.orthonormality_error(torch.cat([basis, found.new], dim=1)) < 1e-6
 
 
+@pytest.mark.parametrize("decay", [0.3, 0.5, 1.5, 3.0])
+@pytest.mark.parametrize("least", [0.002, 0.01, 0.05])
+def test_directions_above_a_least_energy_are_all_there_where_the_sketch_is_sure(
+    sub, random_basis, decay, least
+):
+    x, basis = features(600, 200, decay), random_basis(200, 30, seed=5)
+    truth = fed(sub.SecondMoment(200), x).directions(basis, 1.0, least=least).rank
+    first = fed(sub.SketchedMoment(200, 48, basis), x)
+    one, two = (sketch.directions(basis, 1.0, least=least) for sketch in (first, fed(first.refined(), x)))
+    assert one.rank <= two.rank <= truth, "only what certainly exceeds the least energy is taken"
+    assert all(found.rank == truth or not found.reached for found in (one, two))
+    assert two.reached or decay < 1.5, "a steep spectrum leaves nothing unsure"
+
+
+def test_a_sketch_that_holds_all_directions_above_a_least_energy_says_so_and_one_that_may_not_does_not(sub):
+    empty, x = torch.zeros(64, 0), torch.randn(300, 6) @ torch.randn(6, 64)
+    assert fed(sub.SketchedMoment(64, 16, empty), x).directions(empty, 1.0, least=0.01).reached
+    flat = torch.randn(900, 64)
+    found = fed(sub.SketchedMoment(64, 16, empty), flat).directions(empty, 1.0, least=0.01)
+    assert found.rank <= 16 and not found.reached, "all 64 directions exceed a hundredth, the sketch has 16"
+
+
 def test_a_second_pass_reaches_what_one_does_not_and_needs_fewer_directions(sub, random_basis):
     x, basis = features(600, 200, 0.8), random_basis(200, 30, seed=5)
     first = fed(sub.SketchedMoment(200, 60, basis), x)
