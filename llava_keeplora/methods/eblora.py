@@ -240,12 +240,8 @@ class EbLora(KeptFeatures, RejectingMethod):
         """Return layer name → s at the task's start."""
         starts = dict.fromkeys(layers, -self.options.scale_start)
         for part in {layer.part for layer in layers.values()}:
-            blocks = [
-                name
-                for name, layer in layers.items()
-                if layer.part == part and any(map(str.isdigit, name.split(".")))
-            ]
-            for name, depth in block_factors(blocks, 0.0).items():
+            of_part = [name for name, layer in layers.items() if layer.part == part]
+            for name, depth in block_factors(of_part, 0.0).items():
                 starts[name] -= self.options.scale_slope * depth
         return starts
 

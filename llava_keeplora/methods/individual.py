@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas
 from llava_keeplora.coerce import coerce_fields
 from llava_keeplora.errors import MethodError, nearest
-from llava_keeplora.methods.base import Holding, Method, MethodInfo, SubspacePlan, TaskContext
+from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.registries import METHODS
-from llava_keeplora.run_folder import CAPACITY
+from llava_keeplora.run_folder import CAPACITY, Stage
 
 #: Attributes of a method that this row takes over, and hooks that need no task's number.
 ATTRIBUTES = (
@@ -44,7 +44,6 @@ ATTRIBUTES = (
     "check_weights",
     "least_statistics",
     "planned_adapters",
-    "planned_state",
     "weight_offset",
     "progress",
     "capacity",
@@ -91,6 +90,10 @@ class Individual(Method):
         self._on_base = False
         for name in ATTRIBUTES:
             setattr(self, name, getattr(self.inner, name))
+        # What the method does after a task is not done here; after the base it is.
+        self.stage_cost = {
+            stage: 0.0 if stage == Stage.CONSOLIDATED else cost for stage, cost in self.stage_cost.items()
+        }
         #: KeepLoRA's, which a plan reads; features of finished tasks are not read here.
         self.gradient_fraction = getattr(self.inner, "gradient_fraction", None)
 
@@ -152,6 +155,10 @@ class Individual(Method):
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """Return what the method keeps of the base."""
         return {} if ctx.index else self.inner.holds(ctx, names)
+
+    def planned_state(self, layers: Mapping[str, Layer], tasks: int) -> dict[str, Tensor] | None:
+        """Return nothing where the method keeps something of a task, which is not kept here."""
+        return self.inner.planned_state(layers, tasks) and {}
 
     def combine(self, deltas: Sequence[Deltas]) -> list[Deltas]:
         """Return the last task's update alone."""

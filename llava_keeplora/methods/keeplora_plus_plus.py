@@ -5,9 +5,9 @@ Source: https://arxiv.org/abs/2606.16256.
 Shallow blocks hold more of what transfers between tasks, so their updates are kept smaller: the delta of
 block l is multiplied by λ_l = γ + (1 − γ) l / (L − 1), in training and in the result alike, ΔW_l = λ_l s B_l
 A_l. In a model of two encoders this applies to the vision encoder, in LLaVA to the language model; λ is 1 in
-the text encoder, the vision tower and the projector. l counts the part's blocks from the first adapted one to
-the last, L of them; if there is only one, λ is 1. Everything else is KeepLoRA's, and A does not depend on γ.
-Published: γ 0.2, the rest as KeepLoRA.
+the text encoder, the vision tower, the projector, and layers outside of blocks. l counts the part's blocks
+from the first adapted one to the last, L of them; if there is only one, λ is 1. Everything else is
+KeepLoRA's, and A does not depend on γ. Published: γ 0.2, the rest as KeepLoRA.
 
 λ is part of the adapter's alpha, so that it reaches the forward pass, the delta and every export in the same
 way as s. Under Adam, which ignores a gradient's scale, an update is about λ_l times KeepLoRA's; under SGD it
@@ -26,6 +26,7 @@ Differences:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -86,13 +87,21 @@ class KeepLoraPlusPlus(KeepLora):
 def block_factors(names: Iterable[str], gamma: float) -> dict[str, float]:
     """Return layer name → λ of its block: γ in the first block, 1 in the last, rising linearly in between.
 
+    Layers outside of blocks, as SigLIP's pooling head, are left out.
+
     Args:
         names: full names of a part's layers, `....layers.BLOCK....`.
         gamma: γ.
     """
-    blocks = {name: int(next(filter(str.isdigit, name.split(".")))) for name in names}
+    blocks = {name: block for name in names if (block := _block(name)) is not None}
     first, last = min(blocks.values(), default=0), max(blocks.values(), default=0)
     return {
         name: gamma + (1.0 - gamma) * (block - first) / (last - first) if last > first else 1.0
         for name, block in blocks.items()
     }
+
+
+def _block(name: str) -> int | None:
+    """Return the number of a layer's block: the one after `layers` or its like, else the name's first."""
+    found = re.search(r"\b(?:layers?|blocks?|h)\.(\d+)\b", name) or re.search(r"(?<![^.])(\d+)(?![^.])", name)
+    return int(found[1]) if found else None

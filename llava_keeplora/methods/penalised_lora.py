@@ -58,6 +58,7 @@ class PenalisedLora(SequentialLora):
     @contextmanager
     def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
         """Hold what is kept of the earlier tasks on the layers' devices."""
+        self._added = {}  # It is stored, and part of what is kept.
         devices = {name: layer.lora_A[ADAPTER].weight.device for name, layer in lora_layers(model).items()}
         self._on_device = {
             name: kept.to(devices[name]) for name, kept in self._kept.items() if name in devices
@@ -93,8 +94,8 @@ class PenalisedLora(SequentialLora):
             self._add(state)
 
     def _add(self, state: Mapping[str, Tensor]) -> None:
-        combined = {name: self.accumulate(self._kept.get(name), added) for name, added in state.items()}
-        self._kept = {**self._kept, **combined}
+        for name, added in state.items():
+            self._kept[name] = self.accumulate(self._kept.get(name), added)
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """Return one tensor per layer for a task, and none for the base."""

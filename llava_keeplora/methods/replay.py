@@ -111,8 +111,9 @@ class Replay(SequentialLora):
     def budget(self, index: int, budgets: Sequence[Budget]) -> Budget:
         """Return the task's own steps, with the examples that are added to each."""
         own, options = budgets[index - 1], self.options
-        added = options.ratio * (index > 1) + options.general_ratio * (options.general is not None)
-        return replace(own, batch=round(own.batch * (1 + added)), total=round(own.seen * (1 + added)))
+        ratios = (options.ratio * (index > 1), options.general_ratio * (options.general is not None))
+        batch, total = (n + sum(round(n * ratio) for ratio in ratios) for n in (own.batch, own.seen))
+        return replace(own, batch=batch, total=total)
 
     def mixture(self, ctx: TaskContext) -> Mixture | None:
         """Return the task's examples with those that each step adds; None where none are added."""

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from llava_keeplora.adapters import load_deltas
@@ -13,7 +14,7 @@ from llava_keeplora.errors import ConfigError, MethodError, RunError, UserError
 from llava_keeplora.export.inspect_state import inspect_state
 from llava_keeplora.export.predict import load_run_predictor
 from llava_keeplora.export.run_export import export_run
-from llava_keeplora.methods import METHODS
+from llava_keeplora.methods import METHODS, Layer
 from llava_keeplora.methods.base import TaskContext
 from llava_keeplora.methods.individual import first_task
 from llava_keeplora.methods.mixture import mix_tasks
@@ -21,7 +22,7 @@ from llava_keeplora.models import Prepared, load_model
 from llava_keeplora.report.resources import read_needs
 from llava_keeplora.report.run_report import read_trial, write_run_report
 from llava_keeplora.report.tables import summary_rows
-from llava_keeplora.run_folder import MATRIX
+from llava_keeplora.run_folder import MATRIX, Stage
 from llava_keeplora.saved_run import load_run, run_identity
 from llava_keeplora.sequence.data import stage_seed
 from llava_keeplora.sequence.fork import fork
@@ -160,6 +161,17 @@ def test_a_task_alone_sees_nothing_of_earlier_ones(run_config, driven, tiny_task
     assert {name: delta.A.shape for name, delta in first.items()} == {
         name: delta.A.shape for name, delta in second.items()
     }
+
+
+@pytest.mark.parametrize("of", ["ewc", "keeplora", "reglora"])
+def test_what_a_method_does_and_keeps_after_a_task_is_no_cost_of_the_row(of):
+    layer = Layer("l", "vision", torch.nn.Linear(64, 64), 8, 8.0, 0.5, 0.9)
+    row, inner = METHODS["individual"](METHODS["individual"].Options(of=of)), METHODS[of]
+    assert not row.planned_state({"l": layer}, 3) and not row.holds(
+        TaskContext(2, "t", {}, None, None, 0, 0), []
+    )
+    assert row.stage_cost.get(Stage.CONSOLIDATED, 0.0) == 0.0
+    assert row.stage_cost.get(Stage.PREPARED) == inner.stage_cost.get(Stage.PREPARED)
 
 
 def test_a_task_alone_has_its_own_budget_as_the_first():

@@ -155,6 +155,13 @@ def test_one_block_alone_is_keeploras():
     assert block_factors(names, 0.2) == dict.fromkeys(names, 1.0) and block_factors([], 0.2) == {}
 
 
+def test_layers_outside_of_blocks_have_no_factor_and_other_numbers_in_a_name_are_no_block():
+    names = ["0.vision_model.encoder.layers.2.mlp.1", "0.vision_model.encoder.layers.4.mlp.1"]
+    others = ["vision_model.head.mlp.fc1", "vision_model.head.attention.out_proj"]
+    assert block_factors(names + others, 0.2) == pytest.approx(dict(zip(names, [0.2, 1.0])))
+    assert block_factors(["visual.blocks.0.qkv", "visual.blocks.1.qkv"], 0.5)["visual.blocks.0.qkv"] == 0.5
+
+
 @pytest.mark.parametrize("gamma", [-0.1, 1.5, float("nan")])
 def test_a_gamma_that_is_no_share_is_refused(gamma):
     with pytest.raises(

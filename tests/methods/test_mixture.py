@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
+from llava_keeplora.methods import METHODS
 from llava_keeplora.methods.mixture import add_examples, mix_tasks, own_sizes
 from llava_keeplora.sequence.mixed_data import SHARE, TASK, MixedData
 from llava_keeplora.steps import Budget
@@ -106,3 +107,13 @@ def test_a_steps_batches_are_of_one_task_and_weigh_as_one_mean_on_any_number_of_
             mean = sum(weights[t][r] * loss[t, r] for t, r in own) / sum(weights[t][r] for t, r in own)
             found += b[SHARE] * mean / per_step
         assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1, 3])
+@pytest.mark.parametrize("examples", [1, 3, 7, 11])
+def test_the_budget_of_replay_is_what_its_mixture_has(examples, epochs):
+    own = Budget.of({"num_train_epochs": epochs, "per_device_train_batch_size": 4}, examples, 1)
+    for ratio in (0.1, 0.5, 1.0, 2.5):
+        added = [([(1, 0), (1, 1)], ratio), ([(0, 0)], 0.5)]
+        replay = METHODS["replay"](METHODS["replay"].Options(ratio=ratio, general="it", general_ratio=0.5))
+        assert replay.budget(2, [own, own]).seen == len(add_examples(2, own, added, 0).sources), ratio

@@ -254,3 +254,17 @@ def test_a_share_of_key_elements_is_refused_if_no_layer_has_one_and_layers_witho
 def test_settings_that_are_none_are_refused(cls, options, words):
     with pytest.raises(MethodError, match=words):
         cls.Options(**options)
+
+
+@pytest.mark.parametrize("cls", [Ewc, RegLora])
+def test_training_holds_what_is_kept_of_all_tasks_once_as_the_plan_counts_it(cls):
+    of, method = layers(torch.float32), cls(cls.Options())
+    net = nn.ModuleDict({name: layer.module for name, layer in of.items()})
+    method.measure = lambda ctx: {name: method.expected(layer, 1).clone() for name, layer in of.items()}
+    for task in (1, 2, 3):
+        method.after_task(context(of, index=task))
+        assert method.state_dict(), "what is stored of the task"
+        with method.training_context(context(of, index=task + 1, model=net), net):
+            held = {tensor.data_ptr(): tensor for tensor in (*method._kept.values(), *method._added.values())}
+            planned = method.planned_state(of, task)
+            assert sum(t.nbytes for t in held.values()) == sum(t.nbytes for t in planned.values())
