@@ -10,7 +10,7 @@ sequential LoRA with the loss
     task's own loss + λ · KL(softmax(Z_0 / τ) ‖ softmax(Z / τ))
 
 where Z are the outputs at the tokens of its own answers to a batch of these questions, Z_0 those of the model
-at the task's start, and the mean is over the tokens. So it is held where it would have gone, and not only
+at the task's start, and the mean is over the batch's tokens. So it is held where it would have gone, and not only
 along the given answers, as with `lwf`.
 
 Differences from the paper:
@@ -21,7 +21,8 @@ Differences from the paper:
   here the answers are written once, and the teacher is the model at the task's start.
 - The questions of a step are drawn for it separately, as a function of seed, task, batch and process, so that
   a training that is resumed uses the same ones, and that they are not those of the task's own batch.
-  Processes draw different ones, so that results depend on the number of processes.
+  Processes draw different ones, so that results depend on the number of processes. Where several batches
+  are a step, the mean over a batch's tokens weighs in the step as its given answers' tokens do.
 
 Questions with an empty answer are left out. A model of two encoders writes no answers, so that it is refused.
 A step takes one forward pass more without gradients, and learns from twice as many examples, the task's and
