@@ -10,8 +10,8 @@ sequential LoRA with the loss
     task's own loss + λ · KL(softmax(Z_0 / τ) ‖ softmax(Z / τ))
 
 where Z are the outputs at the tokens of its own answers to a batch of these questions, Z_0 those of the model
-at the task's start, and the mean is over the batch's tokens. So it is held where it would have gone, and not only
-along the given answers, as with `lwf`.
+at the task's start, and the mean is over the batch's tokens. So it is held where it would have gone, and not
+only along the given answers, as with `lwf`.
 
 Differences from the paper:
 
