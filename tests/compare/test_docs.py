@@ -101,7 +101,7 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
         20,
         20,
         20,
-        20 + 1,
+        20 + 2,
         20,
         20 + 1,
         23 + 6,
